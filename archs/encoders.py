@@ -1,0 +1,182 @@
+"""Networks for one example, φ: the part of a set network that every element meets.
+
+A bag `[bag, element, *features]` is flattened to examples `[n, *features]`, each is
+encoded on its own, and the codes are laid out as a bag again:
+
+    x_1, ..., x_m   ->   φ(x_1), ..., φ(x_m)          [bag, element, f]
+
+Any module with `__call__(x [n, *features], *, train=False) -> [n, f]` is an encoder.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .contracts import check_set
+
+
+def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
+    """Initialiser: uniform in ±1/sqrt(fan_in).
+
+    The variance 1/(3 fan_in) is that of PyTorch's linear and convolutional layers,
+    with which the published set networks were trained; without normalisation layers a
+    set network that sums many elements diverges with the larger LeCun variance
+    1/fan_in.
+    """
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def dense(features: int, fan_in: int, *, dtype: Any = None, **kwargs: Any) -> nn.Dense:
+    """`nn.Dense` whose kernel and bias are initialised by `uniform_fan_in(fan_in)`."""
+    init = uniform_fan_in(fan_in)
+    return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, **kwargs)
+
+
+class MLP(nn.Module):
+    """Multi-layer perceptron: (Dense, activation, Dropout) per hidden size, then Dense.
+
+    The axes after the first are flattened, so images are read as vectors. Kernels and
+    biases are initialised by `uniform_fan_in`.
+
+    Attributes:
+      hidden_sizes: the width of each hidden layer; may be empty.
+      features: the width f of the output.
+      dropout_rate: applied after each hidden layer when `train`; needs the rng stream
+        "dropout".
+      activation: the name of a function of `flax.linen`; "leaky_relu" has slope 0.01
+        for negative inputs.
+      dtype: compute dtype; parameters are float32.
+    """
+
+    hidden_sizes: Sequence[int]
+    features: int
+    dropout_rate: float = 0.0
+    activation: str = "leaky_relu"
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps x [n, *feature_shape] to [n, features]."""
+        activation = getattr(nn, self.activation, None)
+        if activation is None:
+            raise ValueError(
+                "activation must name a function of flax.linen such as 'relu', but "
+                f"{self.activation!r} was given."
+            )
+        x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        for size in self.hidden_sizes:
+            x = dense(size, x.shape[-1], dtype=self.dtype)(x)
+            x = activation(x)
+            x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        return dense(self.features, x.shape[-1], dtype=self.dtype)(x)
+
+
+class CNN(nn.Module):
+    """Convolutional encoder: (Conv, ReLU, 2x2 max pooling) per channel, then Dense.
+
+    Convolutions have stride one and keep the height and width; pooling halves them
+    (rounding down). With the default sizes it is the extractor of HistNetQ for 28x28
+    images. Kernels and biases are initialised by `uniform_fan_in`.
+
+    Attributes:
+      channels: output channels of each convolution.
+      features: the width f of the output.
+      kernel_size: the height and width of the kernels.
+      dtype: compute dtype; parameters are float32.
+    """
+
+    channels: Sequence[int] = (16, 32)
+    features: int = 256
+    kernel_size: int = 5
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps images x [n, height, width, channel] to [n, features]."""
+        del train
+        if x.ndim != 4:
+            raise ValueError(
+                "CNN reads images of shape [n, height, width, channel], but the shape "
+                f"given is {x.shape}."
+            )
+        size = self.kernel_size
+        for channels in self.channels:
+            init = uniform_fan_in(size * size * x.shape[-1])
+            conv = nn.Conv(
+                channels,
+                (size, size),
+                dtype=self.dtype,
+                kernel_init=init,
+                bias_init=init,
+            )
+            x = nn.relu(_max_pool(conv(x)))
+        x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        return dense(self.features, x.shape[-1], dtype=self.dtype)(x)
+
+
+class Classifier(nn.Module):
+    """Class logits of one example: `Dense(K)(leaky_relu(φ(x)))`.
+
+    Attributes:
+      encoder: φ, [n, *features] -> [n, f].
+      num_classes: K.
+    """
+
+    encoder: nn.Module
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps x [n, *features] to logits [n, K]."""
+        x = nn.leaky_relu(self.encoder(x, train=train))
+        return dense(self.num_classes, x.shape[-1])(x)
+
+
+def encode_elements(
+    encoder: nn.Module,
+    inputs: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    train: bool = False,
+) -> jax.Array:
+    """Encodes every element of every bag on its own.
+
+    Padding is replaced by zeros before it is encoded, so that whatever it holds, NaN
+    included, reaches neither the codes nor the gradients.
+
+    Args:
+      encoder: maps [n, *features] to [n, f].
+      inputs: floating [bag, element, *features].
+      mask: None or bool [bag, element], True = a real element.
+      train: passed on to the encoder.
+
+    Returns:
+      [bag, element, f].
+
+    Raises:
+      ValueError, TypeError: see `check_set`.
+    """
+    check_set(inputs, mask)
+    if mask is not None:
+        real = mask.reshape(mask.shape + (1,) * (inputs.ndim - 2))
+        inputs = jnp.where(real, inputs, 0)
+    flat = inputs.reshape(math.prod(inputs.shape[:2]), *inputs.shape[2:])
+    features = encoder(flat, train=train)
+    return features.reshape(*inputs.shape[:2], *features.shape[1:])
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
+    """2x2 max pooling, stride 2, of x [n, height, width, channel]."""
+    height, width = x.shape[1] // 2, x.shape[2] // 2
+    x = x[:, : 2 * height, : 2 * width]
+    # A reshape and a maximum: the gradient of `reduce_window` is slow on CPUs.
+    return x.reshape(x.shape[0], height, 2, width, 2, x.shape[3]).max((2, 4))

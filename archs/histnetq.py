@@ -1,0 +1,105 @@
+"""HistNetQ: quantification with a network invariant to permutations.
+
+    x_1 ─ φ ─ sigmoid ─┐
+    x_2 ─ φ ─ sigmoid ─┼─ one histogram per feature ─ dense layers ─ softmax ─ p
+    x_m ─ φ ─ sigmoid ─┘
+
+The bag is represented by the distribution of each feature over its elements, and the
+network answers the prevalence of each class in the bag. It learns from bags labelled by
+their prevalences; no element needs a label.
+
+Pérez-Mon, Moreo, del Coz and González, "Quantification using permutation-invariant
+networks based on histograms", Neural Computing and Applications 2025, arXiv 2403.15123.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .encoders import MLP, encode_elements
+
+
+class PrevalenceHead(nn.Module):
+    """Dense layers and a softmax: a bag's representation becomes its prevalences.
+
+    (Dense, LeakyReLU(0.01), Dropout) per hidden size, Dense(num_classes), softmax.
+
+    Attributes:
+      hidden_sizes: the width of each hidden layer; may be empty.
+      num_classes: K.
+      dropout_rate: applied after each hidden layer when `train`.
+      dtype: compute dtype of the dense layers; the softmax is float32 at least.
+    """
+
+    hidden_sizes: Sequence[int]
+    num_classes: int
+    dropout_rate: float = 0.0
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps x [bag, r] to prevalences [bag, num_classes] which sum to one."""
+        mlp = MLP(
+            self.hidden_sizes, self.num_classes, self.dropout_rate, dtype=self.dtype
+        )
+        return nn.softmax(_wide(mlp(x, train=train)))
+
+
+class HistNetQ(nn.Module):
+    """`p = head(histogram_i(sigmoid(φ(x_i))))`.
+
+    Attributes:
+      encoder: φ, the network of one element, [n, *features] -> [n, f].
+      histogram: a module of `histogram`, maps values [bag, element, f] in [0, 1] to
+        [bag, f, num_bins].
+      head: maps [bag, f * num_bins] to prevalences, such as `PrevalenceHead`.
+    """
+
+    encoder: nn.Module
+    histogram: nn.Module
+    head: nn.Module
+
+    def encode(
+        self, inputs: jax.Array, mask: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Inputs [bag, element, *features] -> values in [0, 1], [bag, element, f]."""
+        features = encode_elements(self.encoder, inputs, mask, train=train)
+        return nn.sigmoid(_wide(features))
+
+    def aggregate(
+        self, features: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Values [bag, element, f] -> histograms side by side, [bag, f * num_bins]."""
+        histogram = self.histogram(features, mask)  # [bag, f, num_bins]
+        return histogram.reshape(*histogram.shape[:-2], -1)
+
+    def decode(self, representation: jax.Array, *, train: bool = False) -> jax.Array:
+        """Histograms [bag, f * num_bins] -> prevalences [bag, K]."""
+        return self.head(representation, train=train)
+
+    def __call__(
+        self, inputs: jax.Array, mask: jax.Array | None = None, *, train: bool = False
+    ) -> jax.Array:
+        """Estimates the prevalences of each bag.
+
+        Args:
+          inputs: floating [bag, element, *features].
+          mask: None or bool [bag, element], True = a real element.
+          train: switches dropout on; needs the rng stream "dropout".
+
+        Returns:
+          Prevalences [bag, K], float32 or wider. A bag without any real element has
+          the prevalences that the head gives to empty histograms.
+
+        Raises:
+          ValueError, TypeError: see `contracts.check_set`.
+        """
+        features = self.encode(inputs, mask, train=train)
+        return self.decode(self.aggregate(features, mask), train=train)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,331 @@
+"""Time and memory of the histograms and of HistNetQ's training step, against PyTorch.
+
+    python -m benchmarks.histogram [--runs 10]
+
+The PyTorch side is the published formulation: grouped 1x1 convolutions that hold bag x
+features x bins. Forward and backward are measured together and both results are kept.
+Every measurement has a process of its own. "Added" is the growth of the peak resident
+memory over what inputs, parameters and libraries already take; "XLA" is what the
+compiled program asks for (temporaries and outputs). Linux only. Run it on an idle
+machine.
+
+Both sides get huge pages from malloc (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, unless
+the environment says otherwise). Without them, page faults in gigabytes of fresh
+temporaries can cost the PyTorch side several times its arithmetic, and the ratios say
+more about the virtual machine than about the formulation.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+# [bag, element, feature] and the number of bins.
+SHAPES = [((20, 250, 300), 32), ((4, 1000, 512), 64)]
+# What is ours, and the published kind it stands against.
+KINDS = [
+    ("LinearHistogram", "SoftHistogram"),
+    ("HardHistogram", "HardBinningHistogram"),
+    ("SoftHistogram", "SoftHistogram"),
+    ("RBFHistogram", "RBFHistogram"),
+    ("SigmoidHistogram", "SigmoidHistogram"),
+    ("HardBinningHistogram", "HardBinningHistogram"),
+]
+# LeQua T1A as published.
+T1A = {"shape": (20, 250, 300), "num_bins": 32}
+HIDDEN_SIZES, FEATURES, HEAD_SIZES, NUM_CLASSES = (1024, 1024), 300, (2048,) * 3, 2
+DROPOUT_RATE, LEARNING_RATE, WEIGHT_DECAY = 0.5, 1e-4, 1e-5
+
+
+def memory(field: str) -> float:
+    """VmRSS or VmHWM, the resident memory and its peak, in MB."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024 / 1e6
+
+
+def measure(run: Callable[[], Any], runs: int) -> dict[str, float]:
+    """Added memory of the first run, then the best and the median time in ms."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = memory("VmRSS")
+    run()
+    added = memory("VmHWM") - before
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return {"best": min(times), "median": statistics.median(times), "added": added}
+
+
+def compile_jax(function: Callable, *args: Any, **kwargs: Any) -> tuple[Any, float]:
+    """The compiled function, and the memory it allocates in MB."""
+    import jax
+
+    compiled = jax.jit(function, **kwargs).lower(*args).compile()
+    memory = compiled.memory_analysis()
+    allocated = (
+        memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return compiled, allocated / 1e6
+
+
+def histogram_jax(kind, shape, num_bins, runs):
+    import jax
+    import jax.numpy as jnp
+
+    from archs import histogram
+
+    module = getattr(histogram, kind)(num_bins)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.random(shape, np.float32))
+    cotangent = rng.standard_normal((shape[0], shape[2], num_bins), np.float32)
+    variables = module.init(jax.random.key(0), x[:1, :1])
+
+    def both(variables, x, cotangent):
+        value, pullback = jax.vjp(module.apply, variables, x)
+        return value, pullback(cotangent)
+
+    args = variables, x, jnp.asarray(cotangent)
+    compiled, allocated = compile_jax(both, *args)
+    result = measure(lambda: jax.block_until_ready(compiled(*args)), runs)
+    return {**result, "allocated": allocated}
+
+
+def torch_histogram(kind, num_features, num_bins):
+    """The published layer [bag, element, feature] -> [bag, feature * num_bins]."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    rows = num_features * num_bins
+
+    class Histogram(nn.Module):
+        def __init__(self):
+            super().__init__()
+            centers = (torch.arange(num_bins) + 0.5) / num_bins
+            hard = kind == "HardBinningHistogram"
+            width = 0.5 / num_bins + 0.001 if hard else 2.0 * num_bins
+            learnable = kind != "SigmoidHistogram"
+            self.negated = nn.Parameter(-centers.repeat(num_features), learnable)
+            self.widths = nn.Parameter(torch.full((rows,), width), learnable)
+            self.register_buffer("ones", torch.ones(rows, 1, 1))
+
+        def forward(self, x):
+            distance = F.conv1d(
+                x.transpose(1, 2), self.ones, self.negated, groups=num_features
+            )
+            scale = functools.partial(F.conv1d, groups=rows)
+            if kind == "SoftHistogram":
+                ones = self.ones[:, 0, 0]
+                slopes = -self.widths[:, None, None]
+                votes = F.relu(scale(distance.abs(), slopes, ones))
+            elif kind == "RBFHistogram":
+                slopes = self.widths[:, None, None]
+                votes = torch.exp(-(scale(distance.abs(), slopes) ** 2))
+            elif kind == "HardBinningHistogram":
+                reach = scale(distance.abs(), -self.ones, self.widths)
+                votes = F.threshold(torch.pow(1.01, reach), 1, 0)
+            else:
+                half = 0.5 / num_bins
+                votes = torch.sigmoid(1000 * (distance + half))
+                votes = votes - torch.sigmoid(1000 * (distance - half))
+            return votes.mean(2)
+
+    return Histogram()
+
+
+def histogram_torch(kind, shape, num_bins, runs):
+    import torch
+
+    layer = torch_histogram(kind, shape[2], num_bins)
+    rng = np.random.default_rng(0)
+    x = torch.tensor(rng.random(shape, np.float32), requires_grad=True)
+    cotangent = torch.tensor(
+        rng.standard_normal((shape[0], shape[2] * num_bins), np.float32)
+    )
+    layer(x[:1, :1]).sum().backward()  # loads what PyTorch loads on first use
+
+    def both():
+        layer.zero_grad()
+        x.grad = None
+        layer(x).backward(cotangent)
+
+    return measure(both, runs)
+
+
+def t1a_batch():
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal(T1A["shape"], np.float32)
+    prevalence = rng.dirichlet([1] * NUM_CLASSES, T1A["shape"][0])
+    return inputs, prevalence.astype(np.float32)
+
+
+def step_jax(kind, runs):
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from archs import histogram
+    from archs.encoders import MLP
+    from archs.histnetq import HistNetQ, PrevalenceHead
+
+    model = HistNetQ(
+        encoder=MLP(HIDDEN_SIZES, FEATURES, dropout_rate=DROPOUT_RATE),
+        histogram=getattr(histogram, kind)(T1A["num_bins"]),
+        head=PrevalenceHead(HEAD_SIZES, NUM_CLASSES, dropout_rate=DROPOUT_RATE),
+    )
+    optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    inputs, prevalence = map(jnp.asarray, t1a_batch())
+    variables = jax.jit(model.init)(jax.random.key(0), inputs[:1])
+    key = jax.random.key(1)
+
+    def step(state, inputs, prevalence):
+        variables, optimizer_state, count = state
+
+        def loss(variables):
+            rngs = {"dropout": jax.random.fold_in(key, count)}
+            estimate = model.apply(variables, inputs, train=True, rngs=rngs)
+            return jnp.mean(jnp.abs(estimate - prevalence))
+
+        value, gradient = jax.value_and_grad(loss)(variables)
+        updates, optimizer_state = optimizer.update(
+            gradient, optimizer_state, variables
+        )
+        variables = optax.apply_updates(variables, updates)
+        return (variables, optimizer_state, count + 1), value
+
+    state = variables, optimizer.init(variables), jnp.zeros((), jnp.int32)
+    compiled, allocated = compile_jax(step, state, inputs, prevalence, donate_argnums=0)
+
+    def run():
+        nonlocal state
+        state, value = jax.block_until_ready(compiled(state, inputs, prevalence))
+        return value
+
+    run()
+    return {**measure(run, runs), "allocated": allocated}
+
+
+def step_torch(kind, runs):
+    import torch
+    from torch import nn
+
+    def mlp(*sizes):
+        layers = []
+        for before, after in zip(sizes, sizes[1:-1], strict=False):
+            layers += [nn.Linear(before, after), nn.LeakyReLU()]
+            layers.append(nn.Dropout(DROPOUT_RATE))
+        return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
+
+    inputs, prevalence = map(torch.tensor, t1a_batch())
+    num_bins = T1A["num_bins"]
+    model = nn.Sequential(
+        mlp(inputs.shape[-1], *HIDDEN_SIZES, FEATURES),
+        nn.Sigmoid(),
+        torch_histogram(kind, FEATURES, num_bins),
+        mlp(FEATURES * num_bins, *HEAD_SIZES, NUM_CLASSES),
+        nn.Softmax(-1),
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY
+    )
+
+    def run():
+        nn.functional.l1_loss(model(inputs), prevalence).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    run()  # makes the optimizer's state
+    return measure(run, runs)
+
+
+MEASUREMENTS = {
+    f.__name__: f for f in (histogram_jax, histogram_torch, step_jax, step_torch)
+}
+
+
+@functools.cache
+def in_process(name: str, *args: Any) -> dict[str, float]:
+    """Runs one of the measurements in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.histogram", "--measure"]
+    out = subprocess.run(
+        [*command, json.dumps([name, *args])],
+        check=True,
+        stdout=subprocess.PIPE,
+        env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ},
+    )
+    return json.loads(out.stdout)
+
+
+def row(work: str, kinds: tuple[str, str], ours: dict, theirs: dict) -> str:
+    cells = [
+        work,
+        *kinds,
+        f"{ours['best']:.1f} / {ours['median']:.1f}",
+        f"{theirs['best']:.0f} / {theirs['median']:.0f}",
+        f"{theirs['best'] / ours['best']:.1f}",
+        f"{theirs['median'] / ours['median']:.1f}",
+        f"{ours['added']:.0f} ({ours['allocated']:.0f})",
+        f"{theirs['added']:.0f}",
+        f"{theirs['added'] / max(ours['added'], ours['allocated']):.1f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.histogram")
+    parser.add_argument("--runs", type=int, default=10, help="timed runs of each")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        name, *rest = json.loads(args.measure)
+        print(json.dumps(MEASUREMENTS[name](*rest)))
+        return
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} "
+        f"at the start, {args.runs} runs each.\n"
+    )
+    header = [
+        "forward + backward",
+        "ours",
+        "PyTorch",
+        "ours, ms (best / median)",
+        "PyTorch, ms",
+        "times faster (best)",
+        "(median)",
+        "ours, MB added (XLA)",
+        "PyTorch, MB added",
+        "times less memory",
+    ]
+    print(f"| {' | '.join(header)} |")
+    print("|" + "---|" * len(header))
+    for shape, num_bins in SHAPES:
+        work = f"{' x '.join(map(str, shape))}, {num_bins} bins"
+        for kinds in KINDS:
+            ours, theirs = (
+                in_process(f"histogram_{side}", kind, shape, num_bins, args.runs)
+                for side, kind in zip(("jax", "torch"), kinds, strict=True)
+            )
+            print(row(work, kinds, ours, theirs), flush=True)
+    for kinds in KINDS[:2]:
+        ours = in_process("step_jax", kinds[0], args.runs)
+        theirs = in_process("step_torch", "HardBinningHistogram", args.runs)
+        pair = kinds[0], "HardBinningHistogram"
+        print(row("HistNetQ, T1A training step", pair, ours, theirs), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Batches and bags as pure functions of `(key, step, arrays)`.
+
+Nothing here keeps a state: the same key and step give the same batch in any process,
+so resuming needs no iterator and everything runs inside the jitted training loop.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class ClassTable(NamedTuple):
+    """The examples of a dataset grouped by class.
+
+    Class `k` holds the examples `order[start[k] : start[k] + count[k]]`.
+
+    Attributes:
+        order: int32 [n], example indices sorted by class.
+        start: int32 [K], where each class begins in `order`.
+        count: int32 [K], examples in each class; zero is allowed.
+    """
+
+    order: jax.Array
+    start: jax.Array
+    count: jax.Array
+
+
+def class_table(labels: np.ndarray, num_classes: int) -> ClassTable:
+    """Groups the examples by class; runs on the host, once.
+
+    Args:
+        labels: int [n], each in `range(num_classes)`.
+        num_classes: K.
+
+    Returns:
+        A `ClassTable`.
+
+    Raises:
+        ValueError: `labels` is empty, not one-dimensional or out of range.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.size == 0:
+        raise ValueError(
+            f"labels must be a non-empty vector, its shape is {labels.shape}."
+        )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"labels must lie in 0..{num_classes - 1} (num_classes={num_classes}), "
+            f"they span {labels.min()}..{labels.max()}."
+        )
+    count = np.bincount(labels, minlength=num_classes)
+    return ClassTable(
+        order=jnp.asarray(np.argsort(labels, kind="stable"), jnp.int32),
+        start=jnp.asarray(np.cumsum(count) - count, jnp.int32),
+        count=jnp.asarray(count, jnp.int32),
+    )
+
+
+def epoch_indices(
+    key: jax.Array, step: jax.Array | int, num_examples: int, batch_size: int
+) -> jax.Array:
+    """Example indices of one training step: every example exactly once an epoch.
+
+    Position `p = step * batch_size + i` belongs to epoch `p // num_examples`, and each
+    epoch has a permutation of its own, keyed by `fold_in(key, epoch)`. No example is
+    dropped: a batch may hold the end of one epoch and the beginning of the next.
+    Only the `batch_size` needed entries of the permutation are computed (see
+    `_permute`), so the cost does not grow with the dataset.
+
+    Args:
+        key: PRNG key of the whole run.
+        step: int32 scalar, may be traced.
+        num_examples: n.
+        batch_size: at most `num_examples`.
+
+    Returns:
+        int32 [batch_size] in `range(num_examples)`.
+
+    Raises:
+        ValueError: `batch_size` is not in `1..num_examples`, or the product of both
+            does not fit 32 bits.
+    """
+    if not 1 <= batch_size <= num_examples:
+        raise ValueError(
+            f"batch_size must be in 1..num_examples={num_examples}, got {batch_size}."
+        )
+    if num_examples * batch_size >= 2**32:
+        raise ValueError(
+            "num_examples * batch_size must be below 2**32, got "
+            f"{num_examples} * {batch_size}."
+        )
+    # step * batch_size would overflow in long runs; after n steps come batch_size
+    # whole epochs, so only the remainder needs the product.
+    step = jnp.asarray(step, jnp.uint32)
+    offset = step % num_examples * batch_size
+    epoch = step // num_examples * batch_size + offset // num_examples
+    position = offset % num_examples + jnp.arange(batch_size, dtype=jnp.uint32)
+    following = position >= num_examples
+
+    words = jax.vmap(lambda e: _random_words(jax.random.fold_in(key, e), num_examples))(
+        epoch + jnp.arange(2, dtype=jnp.uint32)
+    )
+    words = words[following.astype(jnp.int32)]
+    position = jnp.where(following, position - num_examples, position)
+    return _permute(words, position, num_examples)
+
+
+def draw_prevalences(
+    key: jax.Array,
+    num_bags: int,
+    num_classes: int,
+    *,
+    protocol: str = "uniform",
+    concentration: float | jax.Array = 1.0,
+    natural: jax.Array | None = None,
+    bag_size: int | None = None,
+    grid_points: int = 21,
+) -> jax.Array:
+    """Class prevalences of bags under a sampling protocol.
+
+    Args:
+        key: PRNG key.
+        num_bags: B.
+        num_classes: K.
+        protocol: one of
+            `"uniform"`: uniform on the simplex, by the gaps between K - 1 sorted
+                uniform numbers (Kraemer's method; Smith & Tromble 2004, "Sampling
+                uniformly from the unit simplex"), the artificial prevalence protocol
+                without a grid;
+            `"dirichlet"`: Dirichlet(`concentration`);
+            `"natural"`: what independent draws of `bag_size` examples from `natural`
+                give, Multinomial(`bag_size`, `natural`) / `bag_size`;
+            `"grid"`: uniform over all points of the simplex whose coordinates are
+                multiples of 1 / (`grid_points` - 1), the artificial prevalence
+                protocol of Forman (2005).
+        concentration: for `"dirichlet"`, a positive scalar or [K].
+        natural: for `"natural"`, [K], sums to one.
+        bag_size: for `"natural"`, the number of examples of a bag.
+        grid_points: for `"grid"`, at least 2.
+
+    Returns:
+        float32 [B, K], rows sum to one.
+
+    Raises:
+        ValueError: unknown protocol, or an argument it needs is missing.
+    """
+    if protocol == "uniform":
+        cuts = jnp.sort(jax.random.uniform(key, (num_bags, num_classes - 1)), axis=-1)
+        return jnp.diff(cuts, prepend=0.0, append=1.0, axis=-1)
+    if protocol == "dirichlet":
+        alpha = jnp.broadcast_to(jnp.float32(concentration), num_classes)
+        return jax.random.dirichlet(key, alpha, (num_bags,))
+    if protocol == "natural":
+        if natural is None or bag_size is None:
+            raise ValueError('protocol="natural" needs natural and bag_size.')
+        natural = jnp.asarray(natural, jnp.float32)
+        if natural.shape != (num_classes,):
+            raise ValueError(
+                f"natural must have shape ({num_classes},), it has {natural.shape}."
+            )
+        counts = jax.random.multinomial(
+            key, bag_size, natural, shape=(num_bags, num_classes)
+        )
+        return counts / bag_size
+    if protocol == "grid":
+        if grid_points < 2:
+            raise ValueError(f"grid_points must be at least 2, got {grid_points}.")
+        # Stars and bars: the gaps between K - 1 bars among the stars. The grid has
+        # binomial(grid_points + K - 2, K - 1) points, far too many to list.
+        places = grid_points + num_classes - 2
+        noise = jax.random.uniform(key, (num_bags, places))
+        bars = jnp.sort(jnp.argsort(noise, axis=-1)[:, : num_classes - 1], axis=-1)
+        stars = jnp.diff(bars, prepend=-1, append=places, axis=-1) - 1
+        return stars / jnp.float32(grid_points - 1)
+    raise ValueError(
+        'protocol must be "uniform", "dirichlet", "natural" or "grid", '
+        f"got {protocol!r}."
+    )
+
+
+def draw_bags(
+    key: jax.Array,
+    table: ClassTable,
+    prevalences: jax.Array,
+    bag_size: int,
+    *,
+    replace: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+    """Bags of examples with given prevalences, and the prevalences they really have.
+
+    The class counts are the largest-remainder rounding of `prevalences * bag_size`.
+    A class without examples gives its share to the others in proportion to theirs.
+    Without replacement a class gives at most what it has; the rest comes from the
+    other classes in proportion to what they have left. The label is exact for the
+    bag drawn, whatever was asked. A bag is in random order, so that nothing can read
+    the label from the positions.
+
+    Args:
+        key: PRNG key.
+        table: the classes' examples, K classes.
+        prevalences: float [B, K], rows sum to one.
+        bag_size: m, examples per bag.
+        replace: whether an example may come more than once in the same bag.
+
+    Returns:
+        indices int32 [B, m] into the dataset, prevalence float32 [B, K] of those
+        examples.
+
+    Raises:
+        ValueError: shapes disagree, `bag_size` is not positive, or without
+            replacement it exceeds the number of examples.
+    """
+    num_examples, num_classes = len(table.order), len(table.count)
+    if prevalences.ndim != 2 or prevalences.shape[1] != num_classes:
+        raise ValueError(
+            f"prevalences must have shape [bags, {num_classes}] as the table has "
+            f"{num_classes} classes, got {prevalences.shape}."
+        )
+    if bag_size < 1 or (not replace and bag_size > num_examples):
+        limit = (
+            "" if replace else f" and at most {num_examples}, the examples there are"
+        )
+        raise ValueError(f"bag_size must be at least 1{limit}, got {bag_size}.")
+
+    def draw(asked, order_words, member_words):  # one bag
+        share = jnp.where(table.count > 0, asked, 0.0)
+        # All the mass on empty classes: any class that has examples will do.
+        share = jnp.where(share.sum() > 0, share, table.count > 0)
+        counts = _largest_remainder(share, bag_size)
+        if not replace:
+            counts = jnp.minimum(counts, table.count)
+            counts += _largest_remainder(table.count - counts, bag_size - counts.sum())
+        ends = jnp.cumsum(counts)
+        # Slots [0, ends[0]) are class 0's and so on; the bag takes them shuffled.
+        slot = _permute(order_words, jnp.arange(bag_size), bag_size)
+        label = jnp.searchsorted(ends, slot, side="right", method="compare_all")
+        available = table.count[label]
+        if replace:  # the modulo's bias is below num_examples / 2**32
+            member = (member_words % available.astype(jnp.uint32)).astype(jnp.int32)
+        else:
+            within = slot - (ends - counts)[label]
+            member = _permute(member_words[label], within, available)
+        prevalence = counts.astype(jnp.float32) / bag_size
+        return table.order[table.start[label] + member], prevalence
+
+    num_bags = len(prevalences)
+    order_key, member_key = jax.random.split(key)
+    order_words = _random_words(order_key, bag_size, num_bags)
+    if replace:
+        member_words = jax.random.bits(member_key, (num_bags, bag_size), jnp.uint32)
+    else:
+        member_words = _random_words(member_key, num_examples, num_bags, num_classes)
+    return jax.vmap(draw)(prevalences.astype(jnp.float32), order_words, member_words)
+
+
+def _largest_remainder(share: jax.Array, total: jax.Array | int) -> jax.Array:
+    """Integers in proportion to `share` [K] (not normalized) that sum to `total`."""
+    exact = share / jnp.maximum(share.sum(), 1e-30) * total
+    counts = jnp.floor(exact)
+    # A share of zero never gets a unit, whatever the rounding errors.
+    remainder = jnp.where(share > 0, exact - counts, -1.0)
+    rank = jnp.argsort(jnp.argsort(-remainder))
+    missing = total - counts.sum()
+    return (counts + (rank < missing)).astype(jnp.int32)
+
+
+def _random_words(key: jax.Array, size: int, *shape: int) -> jax.Array:
+    """Key of a permutation of `range(size)` for `_permute`, uint32 [*shape, rounds, 2].
+
+    Six rounds per bit of `size`; the constant makes tiny sets uniform too.
+    """
+    num_rounds = 16 + 6 * math.ceil(math.log2(max(size, 2)))
+    return jax.random.bits(key, (*shape, num_rounds, 2), jnp.uint32)
+
+
+def _permute(words: jax.Array, position: jax.Array, size: jax.Array | int) -> jax.Array:
+    """Entries of a random permutation, without computing the whole of it.
+
+    The swap-or-not shuffle (Hoang, Morris & Rogaway 2012, "An enciphering scheme based
+    on a card shuffle"): each round pairs x with `pivot - x mod size` and swaps the pair
+    or not by a random bit of the pair. Every round is a bijection, hence so is the
+    whole. `jax.random.permutation` sorts all `size` numbers instead, hundreds of times
+    slower for a batch out of 60,000 examples.
+
+    Args:
+        words: uint32 [rounds, 2] or, to send each position through a permutation of
+            its own, [n, rounds, 2].
+        position: int [n], in `range(size)`.
+        size: int scalar or [n].
+
+    Returns:
+        int32 [n], in `range(size)`.
+    """
+    size = jnp.asarray(size, jnp.uint32)
+
+    def swap_or_not(x, round_words):  # x [n], round_words [2] or [2, n]
+        pivot = round_words[0] % size
+        partner = jnp.where(pivot >= x, pivot - x, pivot + (size - x))
+        # The finalizer of MurmurHash3 (Appleby) as the pair's random bit.
+        bit = jnp.maximum(x, partner) ^ round_words[1]
+        bit = (bit ^ (bit >> 16)) * jnp.uint32(0x85EBCA6B)
+        bit = (bit ^ (bit >> 13)) * jnp.uint32(0xC2B2AE35)
+        bit = (bit ^ (bit >> 16)) & 1
+        return jnp.where(bit == 1, partner, x), None
+
+    rounds_first = jnp.moveaxis(words, (-2, -1), (0, 1))
+    x, _ = jax.lax.scan(swap_or_not, position.astype(jnp.uint32), rounds_first)
+    return x.astype(jnp.int32)

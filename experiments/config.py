@@ -1,0 +1,371 @@
+"""Configs: load a file, apply command-line overrides, check and complete every field.
+
+Every section of a config is the keyword arguments of a Python signature:
+
+==================  =====================================================
+``config``          the fields of `Experiment`
+``config.dataset``  the arguments of `data.load`
+``config.model``    ``name``: a module of `archs`; the rest: its fields, nested
+                    modules being sections of the same form
+``config.task``     ``name``: a task of `experiments.tasks`; the rest: its fields
+``config.optimizer``  the fields of `experiments.optimizers.Optimizer`
+``config.training`` the fields of `experiments.loop.Training`
+==================  =====================================================
+
+`complete` fills in the defaults of these signatures, so that every field can be
+overridden from the command line and ``config.json`` names all of them, and stops at
+a field that none of them has.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import archs
+import data
+from experiments import tasks
+from experiments.errors import UserError
+from experiments.loop import Training
+from experiments.optimizers import Optimizer
+
+REQUIRED = inspect.Parameter.empty
+PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The top level of a config.
+
+    Attributes:
+      dataset: arguments of `data.load`.
+      model: a module of `archs` by name, and its fields.
+      task: a task of `experiments.tasks` by name, and its fields.
+      optimizer: fields of `Optimizer`.
+      training: fields of `Training`.
+      seed: fixes initial weights, batches and dropout.
+      precision: dtype of the model's computations: `float32` or `bfloat16`.
+        Parameters, losses and measures are float32 either way.
+      check_contracts: check on the first batch that the model keeps its contracts
+        (a set network: permutation and padding invariance).
+    """
+
+    dataset: dict
+    model: dict
+    task: dict
+    optimizer: dict = dataclasses.field(default_factory=dict)
+    training: dict = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    precision: str = "float32"
+    check_contracts: bool = True
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)}, "
+                f"not {self.precision!r}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, not {self.seed}")
+
+
+def load(config_flag: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+    """The completed config of a file, with overrides.
+
+    Args:
+      config_flag: `path/of/file.py` or `path/of/file.py:variant`; the file defines
+        `get_config()` or `get_config(variant)`.
+      overrides: dotted field name (without `config.`) -> text of the value.
+
+    Returns:
+      A locked `ConfigDict` in which every field of every section is present.
+
+    Raises:
+      UserError: a missing or broken file, an unknown field or a wrong value.
+    """
+    raw = _read_file(config_flag)
+    # Names first: they decide which other fields a section has.
+    items = sorted((overrides or {}).items(), key=lambda kv: not _is_name(kv[0]))
+    for path, text in items:
+        _override(raw, path, text)
+    return ConfigDict(complete(raw)).lock()
+
+
+def _read_file(config_flag: str) -> dict:
+    filename, _, variant = config_flag.partition(":")
+    path = Path(filename)
+    if not path.is_file():
+        shipped = sorted(p.name for p in (Path(__file__).parent / "configs").glob("*"))
+        shipped = [name for name in shipped if name.endswith(".py")]
+        raise UserError(
+            f"There is no config file {filename}. Shipped ones, in "
+            f"experiments/configs: {', '.join(shipped)}."
+        )
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{filename}, line {error.lineno}: {error.msg}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{filename} defines no get_config() -> ConfigDict.")
+    arguments = [variant] if variant else []
+    try:
+        inspect.signature(module.get_config).bind(*arguments)
+    except TypeError as error:
+        raise UserError(f"{filename}: get_config({variant!r}): {error}.") from error
+    try:
+        config = module.get_config(*arguments)
+    except (ValueError, AttributeError, KeyError) as error:
+        message = error.args[0] if error.args else error
+        raise UserError(f"{filename}: {message}") from error
+    return ConfigDict(config).to_dict()
+
+
+def _is_name(path: str) -> bool:
+    return path.split(".")[-1] == "name"
+
+
+def _override(raw: dict, path: str, text: str) -> None:
+    *parents, field = path.split(".")
+    section = raw
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise UserError(f"config.{path}: config.{parent} has no fields of its own.")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    if field == "name" and parents and parents[0] in ("model", "task"):
+        # The other fields in the file were the former module's: only those that
+        # the new one has too are kept.
+        signature = _named(".".join(["config", *parents]), value)
+        for key in [k for k in section if k != "name" and k not in signature]:
+            del section[key]
+    section[field] = value
+
+
+def complete(raw: Mapping) -> dict:
+    """Checks a nested config against its signatures and fills in the defaults.
+
+    Raises:
+      UserError: naming the field, the fields of its section and the nearest name.
+    """
+    config = _section("config", raw, _signature(Experiment))
+    config["dataset"] = _section(
+        "config.dataset", config["dataset"], _signature(data.load)
+    )
+    config["model"] = _named_section("config.model", config["model"])
+    config["task"] = _named_section("config.task", config["task"])
+    config["optimizer"] = _section(
+        "config.optimizer", config["optimizer"], _signature(Optimizer)
+    )
+    config["training"] = _section(
+        "config.training", config["training"], _signature(Training)
+    )
+    return config
+
+
+def instantiate(path: str, factory: Callable, section: Mapping, **extra) -> Any:
+    """Calls `factory` with a section's fields; a ValueError becomes a UserError."""
+    try:
+        return factory(**section, **extra)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def build_module(section: Mapping, *, num_classes: int, precision: str) -> nn.Module:
+    """The module of `archs` that a section of `config.model` describes.
+
+    Args:
+      section: `name` and fields; sections in it are built likewise.
+      num_classes: for fields called `num_classes` that the config leaves `None`.
+      precision: the config's; sets every field called `dtype`.
+    """
+    cls = getattr(archs, section["name"])
+    fields = {key: value for key, value in section.items() if key != "name"}
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            fields[key] = build_module(
+                value, num_classes=num_classes, precision=precision
+            )
+    if "num_classes" in fields and fields["num_classes"] is None:
+        fields["num_classes"] = num_classes
+    if any(field.name == "dtype" for field in dataclasses.fields(cls)):
+        fields["dtype"] = PRECISIONS[precision]
+    return cls(**fields)
+
+
+def differences(old: Mapping, new: Mapping, prefix: str = "config") -> list[str]:
+    """The dotted names of fields in which two configs differ, with both values."""
+    lines = []
+    for key in sorted({*old, *new}):
+        path, a, b = f"{prefix}.{key}", old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, path)
+        elif _plain(a) != _plain(b):
+            lines.append(f"{path}: {a!r} there, {b!r} here")
+    return lines
+
+
+def _plain(value):
+    return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def _named_section(path: str, section: Any) -> dict:
+    if not isinstance(section, Mapping) or "name" not in section:
+        raise UserError(f"{path} must be a section with a field `name`.")
+    signature = _named(path, section["name"])
+    rest = {key: value for key, value in section.items() if key != "name"}
+    completed = {"name": section["name"]} | _section(path, rest, signature)
+    for key, value in completed.items():
+        if path.startswith("config.model") and isinstance(value, Mapping):
+            completed[key] = _named_section(f"{path}.{key}", value)
+    return completed
+
+
+def _named(path: str, name: str) -> dict:
+    """The signature of the module or task that a `name` field names."""
+    room, kind = (tasks, type) if path == "config.task" else (archs, nn.Module)
+    choices = {
+        public: cls
+        for public in room.__all__
+        if isinstance(cls := getattr(room, public), type)
+        and (kind is type or issubclass(cls, kind))
+    }
+    if name not in choices:
+        raise UserError(
+            f"{path}.name: there is no {name!r} in {room.__name__}"
+            f"{_nearest(str(name), choices)} It has: {', '.join(choices)}."
+        )
+    return _signature(choices[name])
+
+
+def _set_by_runner(target: Callable) -> set[str]:
+    """Arguments of a section's target that are not fields of the section."""
+    if inspect.isclass(target) and issubclass(target, nn.Module):
+        return {"parent", "name", "dtype"}
+    if target in vars(tasks).values():
+        return {"model", "dataset", "optimizer", "training"}
+    return set()
+
+
+def _signature(target: Callable) -> dict[str, tuple[Any, Any]]:
+    """Field name -> (annotation, default) of what a config section can set."""
+    hints = typing.get_type_hints(
+        target.__init__ if inspect.isclass(target) else target
+    )
+    signature = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        if name in _set_by_runner(target):
+            continue
+        default = parameter.default
+        if inspect.isclass(target) and dataclasses.is_dataclass(target):
+            default = _dataclass_default(target, name)
+        if isinstance(default, nn.Module):
+            default = _module_section(default)
+        signature[name] = (hints.get(name, Any), default)
+    return signature
+
+
+def _dataclass_default(cls: type, name: str) -> Any:
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if name == "num_classes" else REQUIRED
+
+
+def _module_section(module: nn.Module) -> dict:
+    names = _signature(type(module))
+    return {"name": type(module).__name__} | {
+        name: getattr(module, name) for name in names
+    }
+
+
+def _section(path: str, given: Any, signature: Mapping) -> dict:
+    if not isinstance(given, Mapping):
+        raise UserError(f"{path} must be a section of fields, not {given!r}.")
+    for key in given:
+        if key not in signature:
+            raise UserError(
+                f"{path}.{key}: there is no such field"
+                f"{_nearest(str(key), signature)} "
+                f"Fields of {path}: {', '.join(signature)}."
+            )
+    completed = {}
+    for key, (annotation, default) in signature.items():
+        value = given.get(key, default)
+        if value is REQUIRED:
+            raise UserError(f"{path}.{key} is required and not set.")
+        if key == "num_classes" and value is None:
+            annotation = int | None
+        completed[key] = _coerce(f"{path}.{key}", value, annotation)
+    return completed
+
+
+def _nearest(name: str, choices) -> str:
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else "."
+
+
+def _coerce(path: str, value: Any, annotation: Any) -> Any:
+    """The value in the annotated type, or a UserError that names both."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _coerce(path, value, option)
+            except UserError:
+                continue
+        raise UserError(f"{path} must be {_spell(annotation)}, not {value!r}.")
+    if annotation is types.NoneType:
+        ok = value is None
+    elif annotation is float:
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = float(value) if ok else value
+    elif annotation is int:
+        ok = isinstance(value, int) and not isinstance(value, bool)
+    elif annotation in (bool, str):
+        ok = isinstance(value, annotation)
+    elif origin in (tuple, list, Sequence):
+        ok = isinstance(value, (tuple, list))
+        if ok and arguments:
+            value = tuple(_coerce(path, item, arguments[0]) for item in value)
+    elif annotation is dict or _is_module_type(annotation):
+        ok = isinstance(value, Mapping)
+        value = dict(value) if ok else value
+    else:
+        ok = True
+    if not ok:
+        raise UserError(f"{path} must be {_spell(annotation)}, not {value!r}.")
+    return value
+
+
+def _is_module_type(annotation) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, nn.Module)
+
+
+def _spell(annotation) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_spell(option) for option in arguments)
+    if origin in (tuple, list, Sequence):
+        return f"a tuple of {_spell(arguments[0])}" if arguments else "a tuple"
+    if annotation is types.NoneType:
+        return "None"
+    if annotation is dict or _is_module_type(annotation):
+        return "a section with a field `name`"
+    return getattr(annotation, "__name__", str(annotation))

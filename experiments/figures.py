@@ -1,0 +1,466 @@
+"""Figures of a run, as pure functions: arrays in, a matplotlib `Figure` out.
+
+The figures are narrow, so that a phone shows them without zooming, and transparent,
+so that `experiments.report` can draw their ink in the page's own colour. Colours are
+those of Okabe and Ito (2008), told apart by every kind of colour vision, and every
+colour comes with a marker or a label.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+)
+
+INK = "#1f2328"
+"""Colour of all text and axes."""
+
+PALETTE = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f7f7f",
+)
+MARKERS = "osD^vPX"
+
+WIDTH = 4.0  # inches: what a phone shows at nearly full size
+_SPLITS = ("train", "validation", "test")
+_MAX_POINTS = 400
+_SMALL = 8
+
+_STYLE = {
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.6,
+    "font.size": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "text.color": INK,
+    # Names come from users: a dollar sign is a dollar sign.
+    "text.parse_math": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": _SMALL,
+    "ytick.labelsize": _SMALL,
+    "lines.linewidth": 1.6,
+}
+
+
+def metric_names(rows: Sequence[Mapping]) -> list[str]:
+    """Names of the measured numbers: the loss, then measures, then the rest.
+
+    Args:
+      rows: lines of `metrics.jsonl`: dicts with `step`, `split` and numbers.
+
+    Returns:
+      The names; those of a split other than `train` count as measures.
+    """
+    measures: dict[str, bool] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("step", "split") and _is_measured(value):
+                held_out = row.get("split") != "train"
+                measures[name] = measures.get(name, False) or held_out
+    return sorted(measures, key=lambda name: (name != "loss", not measures[name]))
+
+
+@matplotlib.rc_context(_STYLE)
+def training_curves(
+    rows: Sequence[Mapping], metrics: Sequence[str] | None = None
+) -> Figure:
+    """One panel per metric, one line per split, by training step.
+
+    A metric whose positive values span more than a decade gets a logarithmic axis. Of
+    more than 400 points, means of neighbours are drawn inside the band of their
+    extremes. A split with a single point is a marker, and a dotted line marks the first
+    step at which a number was not finite.
+
+    Args:
+      rows: lines of `metrics.jsonl`: dicts with `step`, `split` and numbers.
+      metrics: the metrics to draw, in this order; by default all of them.
+
+    Returns:
+      A figure with one axes per metric.
+
+    Raises:
+      ValueError: there is no metric to draw.
+    """
+    metrics = metric_names(rows) if metrics is None else list(metrics)
+    if not metrics:
+        raise ValueError("rows must hold at least one number to draw, but hold none")
+    figure = Figure(figsize=(WIDTH, 2.4 * len(metrics)))
+    panels = figure.subplots(len(metrics), 1, squeeze=False)[:, 0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        _draw_metric(axes, rows, metric)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def prevalence_diagonal(
+    true: np.ndarray, estimate: np.ndarray, class_names: Sequence[str]
+) -> Figure:
+    """True against estimated prevalence: a panel per class, bags around the diagonal.
+
+    Dots are bags (300 of them, evenly chosen); the line is the median error among
+    bags of similar true prevalence, the band holds 80 % of them. Each title gives the
+    bias, the mean of estimate - true. Of two classes only the second is drawn: the
+    first is its mirror image.
+
+    Args:
+      true: true prevalences, float [bags, K].
+      estimate: estimated prevalences, float [bags, K].
+      class_names: the names of the K classes.
+
+    Returns:
+      A figure with one axes per class (one in all when K = 2).
+
+    Raises:
+      ValueError: the shapes do not fit together.
+    """
+    true, estimate = np.asarray(true, float), np.asarray(estimate, float)
+    num_classes = _check_prevalences(true, estimate, "estimate")
+    if len(class_names) != num_classes:
+        raise ValueError(
+            f"class_names must have one name for each of the {num_classes} classes, "
+            f"but has {len(class_names)}"
+        )
+    drawn = [1] if num_classes == 2 else list(range(num_classes))
+    limit = min(1.0, 1.03 * max(np.nanmax(true), np.nanmax(estimate)))
+    dots = np.unique(np.linspace(0, len(true) - 1, 300).astype(int))
+    figure, panels = _grid(len(drawn), max_columns=2 if num_classes <= 12 else 3)
+    for axes, k in zip(panels, drawn, strict=True):
+        x, y = true[:, k], estimate[:, k]
+        axes.plot([0, limit], [0, limit], color=INK, linewidth=0.8, dashes=(4, 3))
+        axes.plot(
+            x[dots],
+            y[dots],
+            "o",
+            color=PALETTE[5],
+            markersize=2.2,
+            markeredgewidth=0,
+            alpha=0.6,
+        )
+        # Quantiles of the error, not of the estimate: those would also hold the spread
+        # of the true prevalences within a group.
+        bins = _equal_count_bins(x, 10)
+        center = np.array([x[b].mean() for b in bins])
+        low, median, high = np.array(
+            [x[b].mean() + np.nanquantile((y - x)[b], [0.1, 0.5, 0.9]) for b in bins]
+        ).T
+        axes.fill_between(center, low, high, color=PALETTE[0], alpha=0.25, linewidth=0)
+        axes.plot(center, median, color=PALETTE[0])
+        bias = np.nanmean(y - x)
+        axes.set_title(f"{class_names[k]}\nbias {bias:+.4f}", fontsize=_SMALL)
+        axes.set(xlim=(0, limit), ylim=(0, limit), aspect="equal", adjustable="box")
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.yaxis.set_major_locator(MaxNLocator(3))
+    figure.supxlabel("true prevalence", fontsize=9, color=INK)
+    figure.supylabel("estimated prevalence", fontsize=9, color=INK)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def error_by_shift(
+    true: np.ndarray,
+    estimates: Mapping[str, np.ndarray],
+    train_prevalence: np.ndarray,
+) -> Figure:
+    """Absolute error of each method by how far a bag is from the training classes.
+
+    The shift of a bag is the total variation distance of its prevalences from those of
+    the training examples, `sum_k |p_k - t_k| / 2`; its error is `mean_k |q_k - p_k|`.
+    Bags are put into ten groups of equal size by their shift; the line is the mean
+    error in a group, the band its 95 % confidence interval (normal approximation).
+
+    Args:
+      true: true prevalences, float [bags, K].
+      estimates: name of a method -> its estimates, float [bags, K]; seven at most.
+      train_prevalence: prevalences of the training examples, float [K].
+
+    Returns:
+      A figure with one axes, one line per method, the best method named first.
+
+    Raises:
+      ValueError: the shapes do not fit together, or there are more than seven methods.
+    """
+    true = np.asarray(true, float)
+    if not 0 < len(estimates) <= len(PALETTE):
+        raise ValueError(
+            f"estimates must hold 1 to {len(PALETTE)} methods, but holds "
+            f"{len(estimates)}"
+        )
+    errors = {}
+    for name, estimate in estimates.items():
+        _check_prevalences(true, np.asarray(estimate), f"estimates[{name!r}]")
+        errors[name] = np.abs(np.asarray(estimate, float) - true).mean(axis=1)
+    shift = 0.5 * np.abs(true - np.asarray(train_prevalence, float)).sum(axis=1)
+    bins = _equal_count_bins(shift, 10)
+    center = [shift[b].mean() for b in bins]
+
+    figure = Figure(figsize=(WIDTH, 3.4))
+    axes = figure.subplots()
+    # A method keeps its colour whatever its rank.
+    looks = dict(zip(estimates, zip(PALETTE, MARKERS, strict=True), strict=False))
+    for name in sorted(errors, key=lambda name: np.mean(errors[name])):
+        color, marker = looks[name]
+        mean = np.array([errors[name][b].mean() for b in bins])
+        half = np.array([_half_width(errors[name][b]) for b in bins])
+        axes.fill_between(
+            center, mean - half, mean + half, color=color, alpha=0.2, linewidth=0
+        )
+        label = f"{name} {errors[name].mean():.4f}"
+        axes.plot(center, mean, color=color, marker=marker, markersize=4, label=label)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("shift from training (total variation distance)")
+    figure.legend(
+        loc="outside upper left",
+        title="mean absolute error, over all bags:",
+        alignment="left",
+        ncols=1 if max(map(len, estimates)) > 16 else 2,
+    )
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def learned_histograms(
+    histograms: np.ndarray,
+    class_names: Sequence[str] | None = None,
+    num_features: int = 6,
+) -> Figure:
+    """Histograms of the classes in the features that tell them apart best.
+
+    A feature's rank is the mean total variation distance between the histogram of a
+    class and the mean histogram of all classes. Up to five classes are lines; more are
+    rows of a heat map, whose colour is the share of the class's examples in the bin.
+
+    Args:
+      histograms: histogram of each class's examples, float [K, f, b], each of them
+        summing to one over its b bins on [0, 1].
+      class_names: the names of the K classes; their numbers by default.
+      num_features: how many features to draw; all when there are fewer.
+
+    Returns:
+      A figure with one axes per feature (and one for the colour bar of heat maps).
+
+    Raises:
+      ValueError: `histograms` is not of three dimensions, or the names do not fit.
+    """
+    histograms = np.asarray(histograms, float)
+    if histograms.ndim != 3:
+        raise ValueError(
+            "histograms must be of shape [K, f, b], but is of shape "
+            f"{list(histograms.shape)}"
+        )
+    num_classes, _, num_bins = histograms.shape
+    names = [str(k) for k in range(num_classes)] if class_names is None else class_names
+    if len(names) != num_classes:
+        raise ValueError(
+            f"class_names must have one name for each of the {num_classes} classes, "
+            f"but has {len(names)}"
+        )
+    distance = 0.5 * np.abs(histograms - histograms.mean(axis=0)).sum(axis=-1)
+    chosen = np.argsort(-distance.mean(axis=0), kind="stable")[:num_features]
+    as_lines = num_classes <= 5
+    figure, panels = _grid(
+        len(chosen),
+        max_columns=2,
+        height=1.7 if as_lines else max(1.5, 0.14 * num_classes + 0.6),
+        sharey=True,
+    )
+    top = histograms[:, chosen].max()
+    edges = np.linspace(0, 1, num_bins + 1)
+    for index, (axes, feature) in enumerate(zip(panels, chosen, strict=True)):
+        axes.set_title(f"feature {feature}", fontsize=_SMALL)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_locator(MaxNLocator(2))
+        if as_lines:
+            for k in range(num_classes):
+                axes.stairs(
+                    histograms[k, feature],
+                    edges,
+                    color=PALETTE[k],
+                    linewidth=1.4,
+                    linestyle=("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))[k],
+                    label=names[k] if index == 0 else None,
+                )
+            axes.set_ylim(0, 1.05 * top)
+        else:
+            axes.grid(False)
+            image = axes.imshow(
+                histograms[:, feature],
+                extent=(0, 1, num_classes - 0.5, -0.5),
+                aspect="auto",
+                interpolation="nearest",
+                cmap="cividis",
+                vmin=0,
+                vmax=top,
+            )
+            axes.set_yticks(range(num_classes), names, fontsize=7)
+            axes.tick_params(axis="y", length=0)
+    figure.supxlabel("value of the feature", fontsize=9, color=INK)
+    if as_lines:
+        figure.supylabel("share of the examples", fontsize=9, color=INK)
+        figure.legend(loc="outside upper left", ncols=min(num_classes, 3))
+    else:
+        bar = figure.colorbar(
+            image, ax=list(panels), location="top", fraction=0.04, aspect=40
+        )
+        bar.outline.set_visible(False)
+        bar.set_label("share of the class's examples in the bin", fontsize=_SMALL)
+        bar.locator = MaxNLocator(4)
+        bar.update_ticks()
+    return figure
+
+
+def _draw_metric(axes: Axes, rows: Sequence[Mapping], metric: str) -> None:
+    drawn, broken = [], []
+    splits = [row.get("split", "") for row in rows]
+    order = [s for s in _SPLITS if s in splits]
+    order += sorted(set(splits) - set(_SPLITS))
+    for index, split in enumerate(order):
+        points = [
+            (row["step"], _number(row[metric]))
+            for row, other in zip(rows, splits, strict=True)
+            if other == split and metric in row and _is_measured(row[metric])
+        ]
+        if not points:
+            continue
+        step, value = np.array(points, float).T
+        finite = np.isfinite(value)
+        broken += list(step[~finite][:1])
+        step, value = step[finite], value[finite]
+        if not len(step):
+            continue
+        drawn.append(value)
+        color = PALETTE[index % len(PALETTE)]
+        marker = MARKERS[index % len(MARKERS)]
+        if len(step) > _MAX_POINTS:
+            chunks = np.array_split(np.arange(len(step)), _MAX_POINTS // 2)
+            low, high = zip(
+                *((value[c].min(), value[c].max()) for c in chunks), strict=True
+            )
+            step = np.array([step[c].mean() for c in chunks])
+            value = np.array([value[c].mean() for c in chunks])
+            axes.fill_between(step, low, high, color=color, alpha=0.2, linewidth=0)
+        few = len(step) <= 40
+        axes.plot(
+            step,
+            value,
+            color=color,
+            label=split,
+            marker=marker if few else None,
+            markersize=7 if len(step) == 1 else 3,
+            linestyle="none" if len(step) == 1 else "-",
+        )
+    values = np.concatenate(drawn) if drawn else np.array([1.0])
+    decades = math.log10(values.max() / values.min()) if values.min() > 0 else 0
+    if decades > 1:
+        axes.set_yscale("log")
+        subs = (1, 2, 5) if decades < 2.5 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    if broken:
+        axes.axvline(min(broken), color=INK, linewidth=1, linestyle=":")
+        axes.text(
+            min(broken),
+            0.98,
+            f"not finite at step {min(broken):,.0f}",
+            transform=axes.get_xaxis_transform(),
+            rotation=90,
+            ha="right",
+            va="top",
+            fontsize=_SMALL,
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("training step")
+    axes.set_title(metric.replace("_", " "), pad=20 if drawn else 6)
+    if drawn:
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            borderaxespad=0.2,
+            borderpad=0,
+            ncols=4,
+            handlelength=1.4,
+            columnspacing=1.2,
+        )
+
+
+def _is_measured(value: object) -> bool:
+    # JSON has no NaN: a writer may have put null.
+    return value is None or (
+        isinstance(value, (int, float)) and not isinstance(value, bool)
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _check_prevalences(true: np.ndarray, estimate: np.ndarray, name: str) -> int:
+    if true.ndim != 2 or true.shape != estimate.shape:
+        raise ValueError(
+            f"true and {name} must both be of shape [bags, K], but are of shapes "
+            f"{list(true.shape)} and {list(estimate.shape)}"
+        )
+    return true.shape[1]
+
+
+def _equal_count_bins(values: np.ndarray, count: int) -> list[np.ndarray]:
+    # Fewer groups of fewer bags say nothing about spread.
+    count = max(1, min(count, len(values) // 10))
+    return np.array_split(np.argsort(values, kind="stable"), count)
+
+
+def _half_width(values: np.ndarray) -> float:
+    if len(values) < 2:
+        return 0.0
+    return 1.96 * values.std(ddof=1) / math.sqrt(len(values))
+
+
+def _grid(
+    count: int, max_columns: int, height: float | None = None, sharey: bool = False
+) -> tuple[Figure, np.ndarray]:
+    """A figure of `count` panels in rows, narrow enough for a phone."""
+    columns = min(count, max_columns)
+    rows = math.ceil(count / columns)
+    width = WIDTH if columns > 1 else 3.6
+    if height is None:
+        height = width / columns + 0.1
+    figure = Figure(figsize=(width, height * rows + 0.4))
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=sharey).ravel()
+    for axes in panels[count:]:
+        axes.remove()
+    return figure, panels[:count]

@@ -1,0 +1,177 @@
+"""Prevalences of bags that a user brings, with bootstrap intervals."""
+
+import csv
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import data
+from experiments.errors import UserError
+from experiments.tasks import Quantification
+
+LEVEL = 0.95
+
+
+def predict(
+    task: Quantification,
+    state: Any,
+    source: str,
+    output: Path,
+    resamples: int,
+    seed: int,
+) -> int:
+    """Writes a csv with a row per bag; returns the number of bags.
+
+    The columns are `bag`, a prevalence per class under the class's name, and
+    `NAME_low`, `NAME_high`: the 95 % percentile interval over bags resampled with
+    replacement from the bag's own examples.
+
+    Args:
+      task: the run's.
+      state: the trained state.
+      source: `validation` or `test` (the evaluation's bags of that split), or a file;
+        see `read_bags`.
+      output: the csv file.
+      resamples: bootstrap resamples a bag.
+      seed: of the bootstrap.
+
+    Raises:
+      UserError: when the source cannot be read or does not fit the model.
+    """
+    names = task.dataset.spec.class_names
+    header = ["bag", *names]
+    header += [f"{name}_{end}" for name in names for end in ("low", "high")]
+    rows = []
+    for index, (name, bag) in enumerate(_bags(task, source)):
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        estimate, low, high = bag_interval(task, state, bag, resamples, key)
+        interval = np.stack([low, high], axis=1).reshape(-1)
+        numbers = [f"{value:.6f}" for value in (*estimate, *interval)]
+        rows.append([name, *numbers])
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+    except OSError as error:
+        raise UserError(f"Could not write {output}: {error.strerror}.") from error
+    return len(rows)
+
+
+def bag_interval(
+    task: Quantification, state: Any, bag: np.ndarray, resamples: int, key: jax.Array
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Prevalences of one bag, and the ends of their bootstrap interval, each [K].
+
+    Args:
+      task: the run's.
+      state: the trained state.
+      bag: examples as the dataset has them, [element, *features].
+      resamples: number of bootstrap resamples.
+      key: of the resampling.
+    """
+    # Sizes are rounded up to powers of two, so that few are compiled.
+    size = 1 << (len(bag) - 1).bit_length()
+    padded = np.zeros((size, *bag.shape[1:]), np.float32)
+    padded[: len(bag)] = data.normalize(bag, task.dataset.shift, task.dataset.scale)
+    draws = _bag_and_resamples(
+        task.model, state.variables, padded, np.int32(len(bag)), key, resamples
+    )
+    draws = np.asarray(draws)
+    low, high = np.quantile(draws[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return draws[0], low, high
+
+
+@partial(jax.jit, static_argnums=(0, 5))
+def _bag_and_resamples(model, variables, bag, count, key, resamples) -> jax.Array:
+    """Prevalences of the bag, then of its resamples, [1 + resamples, K]."""
+    mask = jnp.arange(len(bag)) < count  # [element]
+    features = model.apply(variables, bag[None], mask[None], method="encode")[0]
+
+    def estimate(indices):
+        representation = model.apply(
+            variables, features[indices][None], mask[None], method="aggregate"
+        )
+        return model.apply(variables, representation, method="decode")[0]
+
+    draw = jax.random.randint(key, (resamples, len(bag)), 0, count)
+    indices = jnp.concatenate([jnp.arange(len(bag))[None], draw])
+    return jax.lax.map(estimate, indices, batch_size=16)
+
+
+def _bags(task: Quantification, source: str) -> Iterator[tuple[str, np.ndarray]]:
+    spec = task.dataset.spec
+    if source in ("validation", "test"):
+        inputs = task.dataset.splits[source]["inputs"]
+        indices, _ = task.bag_indices(source)
+        for number, bag in enumerate(indices):
+            yield str(number), inputs[bag]
+        return
+    for name, bag in read_bags(Path(source), spec.feature_shape):
+        if bag.shape[1:] != tuple(spec.feature_shape):
+            raise UserError(
+                f"{source}, bag {name}: examples must have the shape "
+                f"{tuple(spec.feature_shape)} of the dataset {spec.name}, "
+                f"not {bag.shape[1:]}."
+            )
+        if not len(bag):
+            raise UserError(f"{source}, bag {name} is empty.")
+        if not np.isfinite(bag).all():
+            raise UserError(f"{source}, bag {name} holds NaN or infinite values.")
+        yield name, bag
+
+
+def read_bags(path: Path, feature_shape: tuple) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and examples [element, *features] of the bags in a file.
+
+    Args:
+      path: `.npz`: each array is a bag, or, where there is one array with an axis more,
+        a bag per row of it. `.csv`: a header; one example per line, its features in
+        order; the bag's name in a column `bag` (without it all lines are one bag).
+      feature_shape: of one example.
+
+    Raises:
+      UserError: when the file cannot be read.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                arrays = {name: arrays[name] for name in arrays.files}
+            if len(arrays) == 1:
+                (only,) = arrays.values()
+                if only.ndim == len(feature_shape) + 2:
+                    arrays = {str(number): bag for number, bag in enumerate(only)}
+            yield from arrays.items()
+        elif path.suffix == ".csv":
+            yield from _read_csv(path, feature_shape)
+        else:
+            raise UserError(
+                f"--bags must be validation, test, a .npz or a .csv file, not {path}."
+            )
+    except OSError as error:
+        raise UserError(f"Could not read {path}: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise UserError(f"Could not read {path}: {error}.") from error
+
+
+def _read_csv(path: Path, feature_shape: tuple) -> Iterator[tuple[str, np.ndarray]]:
+    bags: dict[str, list] = {}
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        for number, row in enumerate(reader, start=2):
+            name = row.pop("bag", "0")
+            if None in row or None in row.values():
+                raise ValueError(f"line {number} has another number of columns")
+            bags.setdefault(name, []).append([float(cell) for cell in row.values()])
+    width = int(np.prod(feature_shape))
+    for name, rows in bags.items():
+        examples = np.asarray(rows, np.float32)
+        if examples.shape[1] != width:
+            raise ValueError(
+                f"{examples.shape[1]} feature columns where the model takes {width}"
+            )
+        yield name, examples.reshape(-1, *feature_shape)

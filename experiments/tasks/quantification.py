@@ -1,0 +1,352 @@
+"""Quantification: learning the class prevalences of bags of examples."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import data
+from archs import DeepSets, HistNetQ, contracts
+from archs import quantification as measures_of
+from data.samplers import class_table, draw_bags, draw_prevalences
+from experiments import metrics
+from experiments.loop import Training
+from experiments.optimizers import Optimizer
+from experiments.report import Section
+from experiments.tasks import quantification_report, supervised
+
+PROTOCOLS = ("uniform", "dirichlet", "natural", "grid")
+# Bags of validation and test are the same for every model and every seed of training.
+EVALUATION_SEED = {"validation": 1, "test": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantification:
+    """Learns prevalences from bags drawn from labelled examples.
+
+    A bag's prevalences follow `protocol`; its label is the exact prevalence of the
+    examples drawn. The labels of single examples are not used.
+
+    With `mixed_bags`, each step adds bags mixed exactly in representation space:
+    means and histograms are linear in the empirical measure, so with weights w of
+    the bags in the batch, `representation(sum_b w_b bag_b) = sum_b w_b r_b`, and the
+    prevalence mixes alike, at the cost of the head alone.
+
+    Attributes:
+      model: a set network with `encode`, `aggregate`, `decode`; inputs
+        [bag, element, *features], output [bag, K].
+      dataset: labelled examples.
+      optimizer: the config's.
+      training: the config's.
+      loss: a measure of `archs.quantification`.
+      measures: measures of `archs.quantification` that evaluation reports besides.
+      num_bags: bags a step, and an evaluation batch.
+      bag_size: examples a bag.
+      protocol: `uniform` on the simplex (APP), `dirichlet`, `natural` (the train
+        split's prevalences, NPP) or `grid`, of the bags to learn from.
+      concentration: of `dirichlet`, one number for all classes.
+      grid_points: values per class of `grid`.
+      evaluation_protocol: of the bags of validation and test.
+      replace: whether an example may come twice in a bag.
+      mixed_bags: bags mixed in representation space a step; 0: none.
+      mixing_concentration: Dirichlet concentration of the weights of a mixed bag over
+        the bags of the batch; small: few bags dominate.
+      validation_bags: number of bags of an evaluation during training.
+      test_bags: number of bags of the final evaluation.
+      baselines: train a classifier of the same encoder after the run, and set CC, PCC,
+        ACC, PACC and EMQ beside the model on the same test bags.
+      baseline_steps: longest training of that classifier, in batches of 128.
+    """
+
+    model: nn.Module
+    dataset: data.Dataset
+    optimizer: Optimizer
+    training: Training
+    loss: str = "absolute_error"
+    measures: Sequence[str] = ("absolute_error", "relative_absolute_error")
+    num_bags: int = 20
+    bag_size: int = 100
+    protocol: str = "uniform"
+    concentration: float = 1.0
+    grid_points: int = 11
+    evaluation_protocol: str = "uniform"
+    replace: bool = True
+    mixed_bags: int = 0
+    mixing_concentration: float = 0.2
+    validation_bags: int = 300
+    test_bags: int = 1000
+    baselines: bool = True
+    baseline_steps: int = 2000
+
+    def __post_init__(self):
+        for name in ("num_bags", "bag_size", "validation_bags", "test_bags"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        for name in ("protocol", "evaluation_protocol"):
+            if getattr(self, name) not in PROTOCOLS:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(PROTOCOLS)}, "
+                    f"not {getattr(self, name)!r}"
+                )
+        for name in ("concentration", "mixing_concentration"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be > 0, not {getattr(self, name)}")
+        if self.mixed_bags < 0:
+            raise ValueError(f"mixed_bags must be 0 or more, not {self.mixed_bags}")
+        for name in (self.loss, *self.measures):
+            self._measure(name)
+        if self.mixed_bags and not _pools_linearly(self.model):
+            raise ValueError(
+                "mixed_bags: mixing in representation space is exact for poolings "
+                "that are linear: HistNetQ, or DeepSets with aggregation='mean'"
+            )
+        if not (hasattr(self.model, "encode") and hasattr(self.model, "aggregate")):
+            raise ValueError(
+                f"{type(self.model).__name__} is no set network: it has no encode and "
+                "aggregate; use DeepSets or HistNetQ"
+            )
+        object.__setattr__(self, "arrays", self._arrays())
+
+    def _arrays(self) -> dict:
+        spec = self.dataset.spec
+        return {
+            split: {
+                "inputs": jnp.asarray(values["inputs"]),
+                "table": class_table(values["labels"], spec.num_classes),
+            }
+            for split, values in self.dataset.splits.items()
+        }
+
+    @property
+    def monitor(self) -> str:
+        """The validation measure that decides: the loss."""
+        return self.loss
+
+    @property
+    def natural_prevalence(self) -> np.ndarray:
+        """Class prevalences of the train split, [K]."""
+        labels = self.dataset.splits["train"]["labels"]
+        return np.bincount(labels, minlength=self.dataset.spec.num_classes) / len(
+            labels
+        )
+
+    def _measure(self, name: str) -> Callable:
+        function = getattr(measures_of, name, None)
+        known = [
+            key
+            for key, value in vars(measures_of).items()
+            if inspect.isfunction(value)
+            and list(inspect.signature(value).parameters)[:2]
+            == ["prevalence", "estimate"]
+            and not key.startswith("_")
+        ]
+        if name not in known:
+            raise ValueError(
+                f"there is no measure {name!r} in archs.quantification, which has "
+                f"{', '.join(known)}"
+            )
+        if "epsilon" in inspect.signature(function).parameters:
+            return partial(function, epsilon=1 / (2 * self.bag_size))
+        return function
+
+    # The methods of `loop.Task`.
+
+    def init(self, key: jax.Array, batch: Mapping) -> supervised.TrainState:
+        """The first state; see `loop.Task`."""
+        inputs = batch["inputs"]
+        variables = self.model.init(key, inputs)
+        estimate = jax.eval_shape(self.model.apply, variables, inputs)
+        expected = (self.num_bags, self.dataset.spec.num_classes)
+        if estimate.shape != expected:
+            raise ValueError(
+                f"the model must return prevalences of shape {expected} (bags, "
+                f"classes), not {estimate.shape}"
+            )
+        return supervised.init_state(variables, self.optimizer, self.training.num_steps)
+
+    def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
+        """Bags of the train split."""
+        bag_key, mix_key = jax.random.split(jax.random.fold_in(key, step))
+        batch = self._draw(bag_key, arrays["train"], self.protocol)
+        if self.mixed_bags:
+            batch["weights"] = jax.random.dirichlet(
+                mix_key,
+                jnp.full(self.num_bags, self.mixing_concentration),
+                (self.mixed_bags,),
+            )  # [mixed bag, bag]
+        return batch
+
+    def _draw(self, key: jax.Array, split: Mapping, protocol: str) -> dict:
+        indices, prevalence = self._draw_indices(key, split, protocol)
+        inputs = data.normalize(
+            split["inputs"][indices], self.dataset.shift, self.dataset.scale
+        )  # [bag, element, *features]
+        return {"inputs": inputs, "prevalence": prevalence}
+
+    def _draw_indices(
+        self, key: jax.Array, split: Mapping, protocol: str
+    ) -> tuple[jax.Array, jax.Array]:
+        prevalence_key, example_key = jax.random.split(key)
+        prevalences = draw_prevalences(
+            prevalence_key,
+            self.num_bags,
+            self.dataset.spec.num_classes,
+            protocol=protocol,
+            concentration=self.concentration,
+            natural=self.natural_prevalence,
+            bag_size=self.bag_size,
+            grid_points=self.grid_points,
+        )
+        return draw_bags(
+            example_key,
+            split["table"],
+            prevalences,
+            self.bag_size,
+            replace=self.replace,
+        )
+
+    def train_step(
+        self, state: supervised.TrainState, batch: Mapping, key: jax.Array
+    ) -> tuple[supervised.TrainState, dict]:
+        """One update; see `loop.Task`."""
+        weights, prevalence = batch.get("weights"), batch["prevalence"]
+        if weights is not None:
+            prevalence = jnp.concatenate([prevalence, weights @ prevalence])
+
+        def loss(params, model_state):
+            estimate, model_state = self.model.apply(
+                {"params": params, **model_state},
+                batch["inputs"],
+                weights,
+                train=True,
+                rngs={"dropout": key},
+                mutable=list(model_state),
+                method=_estimate_with_mixtures,
+            )
+            values = self._measure(self.loss)(prevalence, estimate)
+            return values.mean(), ({self.loss: metrics.masked(values)}, model_state)
+
+        return supervised.update(state, loss, self.optimizer, self.training.num_steps)
+
+    def num_eval_batches(self, split: str) -> int:
+        """Batches of `num_bags` bags."""
+        total = self.validation_bags if split == "validation" else self.test_bags
+        return -(-total // self.num_bags)
+
+    def _eval_key(self, split: str, index: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(EVALUATION_SEED[split]), index)
+
+    def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
+        """Bags of a split; the last batch is masked to the number asked for."""
+        batch = self._draw(
+            self._eval_key(split, index), arrays[split], self.evaluation_protocol
+        )
+        total = self.validation_bags if split == "validation" else self.test_bags
+        return batch | {
+            "mask": index * self.num_bags + jnp.arange(self.num_bags) < total
+        }
+
+    def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:
+        """The loss and the measures, averaged over bags."""
+        estimate = self.model.apply(state.variables, batch["inputs"])
+        return {
+            name: metrics.masked(
+                self._measure(name)(batch["prevalence"], estimate), batch["mask"]
+            )
+            for name in dict.fromkeys([self.loss, *self.measures])
+        }
+
+    def after_evaluation(
+        self, state: supervised.TrainState, means: Mapping
+    ) -> tuple[supervised.TrainState, jax.Array]:
+        """The plateau schedule; see `loop.Task`."""
+        return supervised.after_evaluation(state, means[self.monitor], self.optimizer)
+
+    # What the runner calls besides.
+
+    def check_contracts(self, state: supervised.TrainState, batch: Mapping) -> None:
+        """Checks on a corner of a batch that order and padding change nothing.
+
+        Raises:
+          AssertionError: naming the contract and the worst element.
+        """
+        inputs = batch["inputs"][:2, :16]
+
+        @jax.jit
+        def model(inputs, mask):
+            return self.model.apply(state.variables, inputs, mask)
+
+        contracts.assert_permutation_invariant(model, inputs, key=jax.random.key(0))
+        contracts.assert_padding_invariant(model, inputs)
+
+    @property
+    def element_encoder(self) -> nn.Module:
+        """The network of one element, φ."""
+        return getattr(self.model, "encoder", None) or self.model.phi
+
+    def report(
+        self, state: supervised.TrainState, workdir: Path, seed: int
+    ) -> list[Section]:
+        """Sections of the report, baselines among them; writes `test_bags.npz`."""
+        return quantification_report.sections(self, state, workdir, seed)
+
+    def bag_indices(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Every evaluation bag of a split.
+
+        Returns:
+          Indices of its examples [bag, element] and prevalences [bag, K].
+        """
+
+        @jax.jit
+        def draw(arrays, index):
+            return self._draw_indices(
+                self._eval_key(split, index), arrays, self.evaluation_protocol
+            )
+
+        batches = [
+            draw(self.arrays[split], np.int32(index))
+            for index in range(self.num_eval_batches(split))
+        ]
+        total = self.validation_bags if split == "validation" else self.test_bags
+        indices, prevalences = (
+            np.concatenate(x)[:total] for x in zip(*batches, strict=True)
+        )
+        return indices, prevalences
+
+    def estimates(self, state: supervised.TrainState, split: str) -> np.ndarray:
+        """The model's prevalences of every evaluation bag of a split, [bag, K]."""
+
+        @jax.jit
+        def estimate(state, arrays, index):
+            batch = self.eval_batch(split, index, arrays)
+            return self.model.apply(state.variables, batch["inputs"])
+
+        rows = [
+            np.asarray(estimate(state, self.arrays, np.int32(index)))
+            for index in range(self.num_eval_batches(split))
+        ]
+        total = self.validation_bags if split == "validation" else self.test_bags
+        return np.concatenate(rows)[:total]
+
+
+def _pools_linearly(model: nn.Module) -> bool:
+    return isinstance(model, HistNetQ) or (
+        isinstance(model, DeepSets) and model.aggregation in ("mean", ("mean",))
+    )
+
+
+def _estimate_with_mixtures(
+    model: nn.Module, inputs: jax.Array, weights: jax.Array | None, *, train: bool
+) -> jax.Array:
+    """Prevalences of the bags and, below them, of their mixtures."""
+    representation = model.aggregate(model.encode(inputs, train=train))
+    if weights is not None:
+        mixtures = weights @ representation  # [mixed bag, r]
+        representation = jnp.concatenate([representation, mixtures])
+    return model.decode(representation, train=train)

@@ -1,0 +1,314 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from data import samplers
+
+KEY = jax.random.key(0)
+LABELS = np.random.default_rng(0).choice(4, 500, p=[0.5, 0.3, 0.15, 0.05])
+# Beyond this a correct sampler fails once in 10,000 keys; the keys are fixed.
+ALPHA = 1e-4
+
+
+# Epochs.
+
+
+@pytest.mark.parametrize("n,batch_size", [(1, 1), (2, 1), (10, 10), (37, 8), (100, 32)])
+def test_every_example_comes_exactly_once_an_epoch(n, batch_size):
+    steps = jnp.arange(3 * n)  # 3 * batch_size whole epochs
+    indices = jax.vmap(lambda s: samplers.epoch_indices(KEY, s, n, batch_size))(steps)
+    assert indices.dtype == jnp.int32
+    epochs = np.asarray(indices).reshape(-1, n)
+    np.testing.assert_array_equal(
+        np.sort(epochs, axis=1), np.tile(np.arange(n), (len(epochs), 1))
+    )
+    if n >= 37:  # each epoch has an order of its own
+        assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_epoch_indices_depend_on_key_and_step_only():
+    draw = jax.jit(
+        functools.partial(samplers.epoch_indices, num_examples=1000),
+        static_argnames="batch_size",
+    )
+    first = draw(KEY, 7, batch_size=64)
+    np.testing.assert_array_equal(first, draw(KEY, jnp.int32(7), batch_size=64))
+    np.testing.assert_array_equal(
+        first, samplers.epoch_indices(KEY, 7, 1000, 64)
+    )  # not only under jit
+    assert (first != draw(KEY, 8, batch_size=64)).any()
+    assert (first != draw(jax.random.key(1), 7, batch_size=64)).any()
+    # The order is of positions: other batch sizes cut the same sequence elsewhere.
+    np.testing.assert_array_equal(
+        draw(KEY, 3, batch_size=100),
+        np.concatenate([draw(KEY, s, batch_size=50) for s in (6, 7)]),
+    )
+
+
+def test_epoch_indices_after_very_many_steps():
+    # step * batch_size is far beyond 32 bits; Python's integers are not bounded.
+    n, batch_size, step = 60_000, 4096, 2_000_000_011
+    position = step * batch_size
+    epoch, offset = divmod(position, n)
+    assert n - offset >= batch_size
+    # The same place of the same epoch, reached with another batch size.
+    words = samplers._random_words(jax.random.fold_in(KEY, epoch % 2**32), n)
+    expected = samplers._permute(words, offset + jnp.arange(batch_size), n)
+    np.testing.assert_array_equal(
+        samplers.epoch_indices(KEY, step, n, batch_size), expected
+    )
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_all_orders_of_an_epoch_are_equally_likely(n):
+    keys = jax.random.split(KEY, 20_000)
+    orders = jax.vmap(lambda k: samplers.epoch_indices(k, 0, n, n))(keys)
+    codes = np.asarray(orders) @ (n ** np.arange(n))
+    counts = np.unique(codes, return_counts=True)[1]
+    assert len(counts) == np.prod(np.arange(1, n + 1))
+    assert stats.chisquare(counts).pvalue > ALPHA
+
+
+def test_long_epochs_look_shuffled():
+    n, repeats = 200, 1000
+    keys = jax.random.split(KEY, repeats)
+    orders = np.asarray(jax.vmap(lambda k: samplers.epoch_indices(k, 0, n, n))(keys))
+    # What comes first, and how far apart neighbours are (mod n), are uniform.
+    firsts = np.bincount(orders[:, 0] // 10, minlength=20)
+    assert stats.chisquare(firsts).pvalue > ALPHA
+    gaps = (orders[:, 1] - orders[:, 0]) % n - 1
+    assert stats.kstest((gaps + 0.5) / (n - 1), "uniform").pvalue > ALPHA
+    # Fixed points are Poisson(1); ascents have mean (n-1)/2 and variance (n+1)/12.
+    fixed = (orders == np.arange(n)).sum(axis=1)
+    assert abs(fixed.mean() - 1) < 4 / np.sqrt(repeats)
+    ascents = (np.diff(orders, axis=1) > 0).sum(axis=1)
+    deviation = np.sqrt((n + 1) / 12)
+    assert abs(ascents.mean() - (n - 1) / 2) < 4 * deviation / np.sqrt(repeats)
+    assert abs(ascents.var() / deviation**2 - 1) < 4 * np.sqrt(2 / repeats)
+
+
+@pytest.mark.parametrize("n,batch_size", [(10, 11), (10, 0), (2**20, 2**12)])
+def test_impossible_batch_sizes_are_refused(n, batch_size):
+    with pytest.raises(ValueError, match="batch_size must be"):
+        samplers.epoch_indices(KEY, 0, n, batch_size)
+
+
+# Class tables.
+
+
+def test_class_table_groups_the_examples():
+    table = samplers.class_table(LABELS, 6)
+    for k in range(6):
+        members = table.order[table.start[k] : table.start[k] + table.count[k]]
+        np.testing.assert_array_equal(members, np.nonzero(k == LABELS)[0])
+
+
+@pytest.mark.parametrize("labels", [[], [0, 4], [-1, 0], [[0, 1]]])
+def test_class_table_refuses_bad_labels(labels):
+    with pytest.raises(ValueError, match="labels must"):
+        samplers.class_table(np.array(labels, int), 4)
+
+
+# Prevalences.
+
+
+def prevalences(num_classes=4, num_bags=4000, **kwargs):
+    drawn = samplers.draw_prevalences(KEY, num_bags, num_classes, **kwargs)
+    assert drawn.shape == (num_bags, num_classes) and drawn.dtype == jnp.float32
+    drawn = np.asarray(drawn, np.float64)
+    assert (drawn >= 0).all()
+    np.testing.assert_allclose(drawn.sum(axis=1), 1, atol=1e-5)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    "num_classes,kwargs,alpha",
+    [
+        (2, {}, [1, 1]),
+        (5, {"protocol": "uniform"}, [1] * 5),
+        (3, {"protocol": "dirichlet"}, [1] * 3),
+        (4, {"protocol": "dirichlet", "concentration": 0.3}, [0.3] * 4),
+        (
+            3,
+            {"protocol": "dirichlet", "concentration": np.array([0.5, 2.0, 7.0])},
+            [0.5, 2, 7],
+        ),
+    ],
+)
+def test_marginals_are_those_of_the_dirichlet_distribution(num_classes, kwargs, alpha):
+    drawn = prevalences(num_classes, **kwargs)
+    for k, a in enumerate(alpha):
+        beta = stats.beta(a, sum(alpha) - a)
+        assert stats.kstest(drawn[:, k], beta.cdf).pvalue > ALPHA
+    # Sums of two coordinates are Beta as well: the coordinates depend as they should.
+    if num_classes > 2:
+        beta = stats.beta(alpha[0] + alpha[1], sum(alpha[2:]))
+        assert stats.kstest(drawn[:, :2].sum(axis=1), beta.cdf).pvalue > ALPHA
+
+
+def test_natural_prevalences_are_those_of_independent_draws():
+    natural, bag_size = np.array([0.6, 0.25, 0.15, 0.0]), 20
+    drawn = prevalences(protocol="natural", natural=natural, bag_size=bag_size)
+    counts = drawn * bag_size
+    np.testing.assert_allclose(counts, counts.round(), atol=1e-4)
+    assert (counts[:, 3] == 0).all()
+    for k in range(3):
+        found = np.bincount(counts[:, k].round().astype(int), minlength=bag_size + 1)
+        expected = stats.binom.pmf(np.arange(bag_size + 1), bag_size, natural[k])
+        often = expected * len(drawn) >= 5
+        table = np.array([found, expected * len(drawn)])
+        table = np.column_stack([table[:, often], table[:, ~often].sum(axis=1)])
+        assert stats.chisquare(*table).pvalue > ALPHA
+    covariance = np.cov(counts[:, 0], counts[:, 1])[0, 1]
+    assert covariance == pytest.approx(-bag_size * 0.6 * 0.25, rel=0.15)
+
+
+def test_grid_prevalences_are_uniform_over_the_grid():
+    drawn = prevalences(3, protocol="grid", grid_points=5) * 4
+    np.testing.assert_array_equal(drawn, drawn.round())
+    counts = np.unique(drawn, axis=0, return_counts=True)[1]
+    assert len(counts) == 15  # binomial(6, 2)
+    assert stats.chisquare(counts).pvalue > ALPHA
+
+
+@pytest.mark.parametrize(
+    "kwargs,message",
+    [
+        ({"protocol": "app"}, "protocol must be"),
+        ({"protocol": "natural", "bag_size": 5}, "needs natural and bag_size"),
+        ({"protocol": "natural", "bag_size": 5, "natural": np.ones(3) / 3}, "shape"),
+        ({"protocol": "grid", "grid_points": 1}, "grid_points must be"),
+    ],
+)
+def test_incomplete_protocols_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        samplers.draw_prevalences(KEY, 2, 4, **kwargs)
+
+
+# Bags.
+
+draw_bags = jax.jit(samplers.draw_bags, static_argnames=("bag_size", "replace"))
+
+
+def recount(indices, num_classes):
+    return np.stack([np.bincount(LABELS[i], minlength=num_classes) for i in indices])
+
+
+@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("bag_size,num_classes", [(1, 6), (7, 4), (500, 6)])
+def test_the_label_is_the_bags_own_prevalence(replace, bag_size, num_classes):
+    table = samplers.class_table(LABELS, num_classes)  # classes 4 and 5 are empty
+    asked = prevalences(num_classes, 40, protocol="dirichlet", concentration=0.3)
+    asked[0] = np.eye(num_classes)[-1]  # one class only: a rare or an empty one
+    draw = functools.partial(
+        draw_bags,
+        table=table,
+        prevalences=jnp.asarray(asked, jnp.float32),
+        bag_size=bag_size,
+        replace=replace,
+    )
+    indices, label = draw(KEY)
+    assert indices.shape == (40, bag_size) and indices.dtype == jnp.int32
+    assert label.shape == asked.shape and label.dtype == jnp.float32
+    assert indices.min() >= 0 and indices.max() < len(LABELS)
+    indices = np.asarray(indices)
+    # Within half an ulp or so: compiled, a division is a product by the reciprocal.
+    expected = recount(indices, num_classes) / bag_size
+    np.testing.assert_allclose(label, expected, rtol=2e-7, atol=0)
+    if not replace:
+        assert all(len(np.unique(bag)) == bag_size for bag in indices)
+    np.testing.assert_array_equal(indices, draw(KEY)[0])
+    assert (indices != draw(jax.random.key(1))[0]).any()
+
+
+def largest_remainder(share, total):
+    exact = share * total
+    counts = np.floor(exact)
+    for k in np.argsort(-(exact - counts), kind="stable")[: int(total - counts.sum())]:
+        counts[k] += 1
+    return counts
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_counts_are_the_largest_remainder_rounding(replace):
+    table = samplers.class_table(LABELS, 4)
+    asked = prevalences(4, 200)
+    bag_size = 20  # every class has as many
+    indices, _ = draw_bags(KEY, table, asked, bag_size, replace=replace)
+    expected = [largest_remainder(p, bag_size) for p in asked]
+    np.testing.assert_array_equal(recount(np.asarray(indices), 4), expected)
+
+
+def test_prevalences_that_the_bag_can_have_are_kept():
+    table = samplers.class_table(LABELS, 4)
+    asked = samplers.draw_prevalences(
+        KEY, 200, 4, protocol="natural", natural=jnp.full(4, 0.25), bag_size=49
+    )
+    _, label = draw_bags(KEY, table, asked, 49)
+    np.testing.assert_allclose(label, asked, rtol=2e-7, atol=0)
+
+
+def test_an_empty_class_gives_its_share_in_proportion():
+    table = samplers.class_table(np.array([0, 0, 2]), 3)
+    _, label = draw_bags(KEY, table, jnp.array([[0.3, 0.6, 0.1]]), 40)
+    np.testing.assert_array_equal(label, [[0.75, 0.0, 0.25]])
+
+
+def test_without_replacement_a_short_class_is_taken_whole():
+    table = samplers.class_table(LABELS, 4)
+    count = np.asarray(table.count)
+    asked = jnp.array([[0.0, 0.0, 0.0, 1.0], [0.0, 0.5, 0.0, 0.5]])
+    indices, _ = draw_bags(KEY, table, asked, 200, replace=False)
+    found = recount(np.asarray(indices), 4)
+    assert (found[:, 3] == count[3]).all()
+    # The rest of the first bag is in proportion to what the other classes have.
+    expected = (200 - count[3]) * count[:3] / count[:3].sum()
+    assert np.abs(found[0, :3] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_examples_of_a_class_are_equally_likely(replace):
+    labels = np.repeat([0, 1], [7, 50])
+    table = samplers.class_table(labels, 2)
+    asked = jnp.full((3000, 2), 0.5)
+    indices, _ = draw_bags(KEY, table, asked, 8, replace=replace)
+    counts = np.bincount(np.asarray(indices).ravel(), minlength=57)
+    for k in range(2):
+        found = counts[labels == k]
+        assert found.sum() == 3000 * 4
+        assert stats.chisquare(found).pvalue > ALPHA
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_the_order_of_a_bag_tells_nothing(replace):
+    table = samplers.class_table(LABELS, 4)
+    asked = jnp.tile(jnp.array([[0.4, 0.3, 0.2, 0.1]]), (2000, 1))
+    indices, _ = draw_bags(KEY, table, asked, 10, replace=replace)
+    assert len(np.unique(np.asarray(indices), axis=0)) == 2000  # no two bags alike
+    classes = LABELS[np.asarray(indices)]  # [bag, element]
+    # Each class is as often at each place,
+    for k in range(4):
+        assert stats.chisquare((classes == k).sum(axis=0)).pvalue > ALPHA
+    # and neighbours agree as often as in a shuffled bag: sum of c(c-1)/(m(m-1)).
+    agree = (classes[:, 1:] == classes[:, :-1]).mean()
+    expected = (4 * 3 + 3 * 2 + 2 * 1) / 90
+    assert abs(agree - expected) < 0.02
+
+
+@pytest.mark.parametrize(
+    "shape,bag_size,replace,message",
+    [
+        ((3, 5), 10, True, "prevalences must have shape"),
+        ((4,), 10, True, "prevalences must have shape"),
+        ((3, 4), 0, True, "bag_size must be at least 1, got 0"),
+        ((3, 4), 501, False, "at most 500"),
+    ],
+)
+def test_impossible_bags_are_refused(shape, bag_size, replace, message):
+    table = samplers.class_table(LABELS, 4)
+    with pytest.raises(ValueError, match=message):
+        draw_bags(KEY, table, jnp.ones(shape) / 4, bag_size, replace=replace)

@@ -1,0 +1,234 @@
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments import figures
+
+
+def lines_of(axes):
+    return {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+
+
+def rendered(figure):
+    """The figure as SVG: drawing it is what finds a broken artist."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    return buffer.getvalue()
+
+
+def prevalences(bags, num_classes, seed=0):
+    return np.random.default_rng(seed).dirichlet(np.ones(num_classes), bags)
+
+
+ROWS = [
+    *(
+        {"step": s, "split": "train", "loss": 1 / s, "learning_rate": 0.1}
+        for s in range(1, 101)
+    ),
+    *(
+        {"step": s, "split": "validation", "loss": 2 / s, "absolute_error": 0.1}
+        for s in range(20, 101, 20)
+    ),
+    {"step": 100, "split": "test", "loss": 0.02, "absolute_error": 0.1},
+]
+
+
+def test_measures_come_before_what_only_training_knows():
+    assert figures.metric_names(ROWS) == ["loss", "absolute_error", "learning_rate"]
+
+
+def test_names_of_what_is_no_measured_number_are_left_out():
+    row = {"step": 1, "split": "test", "a": 1, "b": None, "c": "x", "d": True}
+    assert figures.metric_names([row]) == ["a", "b"]
+
+
+def test_one_panel_per_metric_and_one_line_per_split():
+    figure = figures.training_curves(ROWS)
+    loss, error, rate = figure.axes
+    assert set(lines_of(loss)) == {"train", "validation", "test"}
+    assert set(lines_of(error)) == {"validation", "test"}
+    assert set(lines_of(rate)) == {"train"}
+    np.testing.assert_allclose(
+        lines_of(loss)["validation"], [[s, 2 / s] for s in range(20, 101, 20)]
+    )
+    assert (loss.get_yscale(), rate.get_yscale()) == ("log", "linear")
+    assert all(axes.get_xlabel() == "training step" for axes in figure.axes)
+    rendered(figure)
+
+
+def test_long_curves_keep_their_mean_and_extremes():
+    value = np.random.default_rng(0).normal(size=10_000)
+    rows = [
+        {"step": s, "split": "train", "loss": float(v)} for s, v in enumerate(value)
+    ]
+    (axes,) = figures.training_curves(rows).axes
+    drawn = lines_of(axes)["train"]
+    assert len(drawn) < 500
+    np.testing.assert_allclose(drawn.mean(axis=0), [9999 / 2, value.mean()])
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (value.min(), value.max())
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.lists(
+        st.one_of(st.none(), st.floats(width=32), st.integers(-3, 3)),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_curves_of_any_numbers_are_drawn_from_the_finite_ones(values):
+    rows = [
+        {"step": s, "split": "train", "loss": value} for s, value in enumerate(values)
+    ]
+    # As a reader of the file gets them.
+    rows = [json.loads(json.dumps(row)) for row in rows]
+    figure = figures.training_curves(rows)
+    (axes,) = figure.axes
+    finite = [
+        [s, value]
+        for s, value in enumerate(values)
+        if value is not None and math.isfinite(value)
+    ]
+    drawn = lines_of(axes)
+    if finite:
+        np.testing.assert_allclose(drawn["train"], finite)
+    else:
+        assert "train" not in drawn
+    first = [s for s in range(len(values)) if s not in dict(finite)][:1]
+    assert [text.get_text() for text in axes.texts] == [
+        f"not finite at step {s}" for s in first
+    ]
+    rendered(figure)
+
+
+def test_no_numbers_no_figure():
+    with pytest.raises(ValueError, match="rows must hold at least one number"):
+        figures.training_curves([{"step": 1, "split": "train"}])
+
+
+@pytest.mark.parametrize(("num_classes", "panels"), [(2, 1), (3, 3), (10, 10)])
+def test_diagonal_draws_every_class_and_its_bias(num_classes, panels):
+    true = prevalences(200, num_classes)
+    estimate = true.copy()
+    estimate[:, 1] += 0.05
+    estimate[:, 0] -= 0.05
+    names = [f"name {k}" for k in range(num_classes)]
+    figure = figures.prevalence_diagonal(true, estimate, names)
+    assert len(figure.axes) == panels
+    of_one = figure.axes[0 if num_classes == 2 else 1]
+    assert of_one.get_title(loc="left") == "name 1\nbias +0.0500"
+    diagonal, dots, median = (line.get_xydata() for line in of_one.get_lines())
+    np.testing.assert_allclose(diagonal[:, 0], diagonal[:, 1])
+    assert len(dots) == 200
+    for points in (dots, median):
+        np.testing.assert_allclose(points[:, 1] - points[:, 0], 0.05)
+    rendered(figure)
+
+
+def test_diagonal_of_many_bags_stays_light():
+    true = prevalences(5000, 10)
+    figure = figures.prevalence_diagonal(true, true[::-1], list("abcdefghij"))
+    assert len(rendered(figure)) < 1_000_000
+
+
+def test_error_by_shift_is_the_mean_in_groups_of_equal_shift():
+    num_classes, bags = 4, 500
+    true = prevalences(bags, num_classes)
+    train = np.full(num_classes, 0.25)
+    shift = 0.5 * np.abs(true - train).sum(axis=1)
+    good = true.copy()
+    # An error that grows with the shift, and is its tenth.
+    bad = true + 0.1 * shift[:, None] * np.array([1, -1, 1, -1])
+    figure = figures.error_by_shift(true, {"bad": bad, "good": good}, train)
+    (axes,) = figure.axes
+    drawn = lines_of(axes)
+    # The best method is named first, with its mean error.
+    assert list(drawn) == ["good 0.0000", f"bad {0.1 * shift.mean():.4f}"]
+    np.testing.assert_allclose(drawn["good 0.0000"][:, 1], 0, atol=1e-12)
+    x, y = list(drawn.values())[1].T
+    assert len(x) == 10
+    assert (np.diff(x) > 0).all()
+    np.testing.assert_allclose(y, 0.1 * x, rtol=1e-6)
+    np.testing.assert_allclose(x.mean(), shift.mean())
+    rendered(figure)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "num_axes"),
+    [pytest.param(3, 2, id="lines"), pytest.param(8, 3, id="heat map, colour bar")],
+)
+def test_the_features_that_tell_classes_apart_are_drawn(num_classes, num_axes):
+    features, bins = 5, 8
+    histograms = np.full((num_classes, features, bins), 1 / bins)
+    # Feature 3 tells every class from the rest, feature 1 the first class alone.
+    histograms[:, 3] = np.eye(num_classes, bins)
+    histograms[0, 1] = np.eye(bins)[0]
+    names = [f"name {k}" for k in range(num_classes)]
+    figure = figures.learned_histograms(histograms, names, num_features=2)
+    assert len(figure.axes) == num_axes
+    titles = [axes.get_title(loc="left") for axes in figure.axes[:2]]
+    assert titles == ["feature 3", "feature 1"]
+    if num_classes == 3:
+        drawn = [patch.get_data().values for patch in figure.axes[0].patches]
+    else:
+        drawn = figure.axes[0].images[0].get_array()
+    np.testing.assert_allclose(drawn, histograms[:, 3])
+    text = rendered(figure)
+    assert all(name in text for name in names)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda p: figures.prevalence_diagonal(p, p[:1], ["a", "b", "c"]),
+            r"true and estimate must both be of shape \[bags, K\]",
+        ),
+        (
+            lambda p: figures.prevalence_diagonal(p, p, ["a"]),
+            "class_names must have one name for each of the 3 classes, but has 1",
+        ),
+        (
+            lambda p: figures.error_by_shift(p, {"m": p[:, :2]}, p[0]),
+            r"true and estimates\['m'\] must both be of shape",
+        ),
+        (
+            lambda p: figures.error_by_shift(p, {}, p[0]),
+            "estimates must hold 1 to 7 methods, but holds 0",
+        ),
+        (
+            lambda p: figures.learned_histograms(p),
+            r"histograms must be of shape \[K, f, b\], but is of shape \[20, 3\]",
+        ),
+        (
+            lambda p: figures.learned_histograms(p[None], ["a", "b"]),
+            "class_names must have one name for each of the 1 classes, but has 2",
+        ),
+    ],
+)
+def test_wrong_shapes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(prevalences(20, 3))
+
+
+def test_names_are_drawn_as_they_stand():
+    true = prevalences(20, 3)
+    names = ["$\\frac$", "a $ b $", "<script>"]
+    figure = figures.prevalence_diagonal(true, true, names)
+    titles = [axes.get_title(loc="left").splitlines()[0] for axes in figure.axes]
+    assert titles == names
+    assert "<script>" not in rendered(figure)
+
+
+def test_styles_do_not_leak():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figures.training_curves(ROWS)
+    assert dict(matplotlib.rcParams) == before
