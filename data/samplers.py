@@ -256,6 +256,33 @@ def draw_bags(
     return jax.vmap(draw)(prevalences.astype(jnp.float32), order_words, member_words)
 
 
+def mixture_weights(
+    key: jax.Array, bag_prevalences: jax.Array, prevalences: jax.Array
+) -> jax.Array:
+    """Weights that mix the bags of a batch towards given prevalences.
+
+    Bag b gets `w_b ∝ e_b sum_k p_k B_bk / sum_c B_ck`, `e_b ~ Exp(1)`: bags rich in the
+    classes drawn weigh more, and the random factor (the Bayesian bootstrap's) makes
+    every mixture another one. Of bags that hold a single class each, such as bags of
+    one example, the mixture has almost the given prevalences; the exact prevalences
+    of any mixture are `weights @ bag_prevalences`.
+
+    Args:
+        key: PRNG key.
+        bag_prevalences: B [num_bags, K].
+        prevalences: p [num_mixtures, K], those to aim at.
+
+    Returns:
+        Weights [num_mixtures, num_bags]; each row sums to one.
+    """
+    share = bag_prevalences / jnp.maximum(bag_prevalences.sum(0), 1e-9)  # [bag, class]
+    noise = jax.random.exponential(key, (len(prevalences), len(bag_prevalences)))
+    weights = noise * (prevalences @ share.T)
+    # All classes aimed at may be absent from the batch.
+    weights = weights + 1e-9 * noise
+    return weights / weights.sum(-1, keepdims=True)
+
+
 def _largest_remainder(share: jax.Array, total: jax.Array | int) -> jax.Array:
     """Integers in proportion to `share` [K] (not normalized) that sum to `total`."""
     exact = share / jnp.maximum(share.sum(), 1e-30) * total

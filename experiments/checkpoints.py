@@ -3,14 +3,17 @@
 The only module that knows orbax.
 """
 
+import json
 import shutil
 import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments.errors import UserError
@@ -66,6 +69,8 @@ class Checkpoints:
     ) -> None:
         """Saves in the background; waits for the save before it, if any.
 
+        A checkpoint of the same step is replaced.
+
         Args:
           step: number of training steps behind the state.
           state: a pytree of arrays. It may be donated after the call.
@@ -77,12 +82,15 @@ class Checkpoints:
         """
         # Donation may reuse the buffers before the background write has read them.
         state = jax.tree.map(jnp.copy, state)
+        progress = {"notes": dict(progress), "checksum": _checksum(state, progress)}
         try:
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    progress=ocp.args.JsonSave(dict(progress)),
+                    progress=ocp.args.JsonSave(progress),
                 ),
                 metrics=None if measure is None else {"measure": measure},
             )
@@ -107,6 +115,10 @@ class Checkpoints:
         Args:
           step: one of `steps()`.
           template: a pytree of arrays or `jax.ShapeDtypeStruct` like the state.
+
+        Raises:
+          ValueError: when it is not what was saved, bit for bit; whatever orbax raises
+            for a checkpoint that cannot be decoded.
         """
         restored = self._manager.restore(
             step,
@@ -115,7 +127,10 @@ class Checkpoints:
                 progress=ocp.args.JsonRestore(),
             ),
         )
-        return restored.state, restored.progress
+        state, progress = restored.state, restored.progress["notes"]
+        if _checksum(state, progress) != restored.progress["checksum"]:
+            raise ValueError("its checksum is not that of what was saved")
+        return state, progress
 
     def restore_latest(self, template: Any) -> tuple[int, Any, dict] | None:
         """The newest checkpoint that can be read: (step, state, progress).
@@ -167,3 +182,13 @@ class Checkpoints:
             f"Free space or choose another --workdir; checkpoints of steps {kept} are "
             "untouched, and the same command resumes from the last of them."
         )
+
+
+def _checksum(state: Any, progress: Mapping) -> int:
+    """CRC-32 of all bytes: a flipped one may be decoded to just another number."""
+    checksum = zlib.crc32(json.dumps(progress, sort_keys=True).encode())
+    for leaf in jax.tree.leaves(state):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8), checksum)
+    return checksum

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -50,7 +51,10 @@ class Task(Protocol):
     def eval_batch(self, split: str, index: jax.Array, arrays: Any) -> Any:
         """The batch `index` of the split, always the same."""
 
-    def eval_step(self, state: Any, batch: Any) -> dict:
+    def prepare_evaluation(self, state: Any, split: str, arrays: Any) -> Any:
+        """What all batches of an evaluation share, computed once; often the state."""
+
+    def eval_step(self, prepared: Any, batch: Any) -> dict:
         """`{metric: (sum, count)}` of one batch."""
 
     def after_evaluation(self, state: Any, means: Mapping) -> tuple[Any, jax.Array]:
@@ -138,7 +142,7 @@ def has_convolution(jaxpr: jax.extend.core.Jaxpr) -> bool:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "conv_general_dilated":
             return True
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             if has_convolution(inner):
                 return True
     return False
@@ -211,14 +215,18 @@ def compile_evaluation(task: Task) -> Callable:
     """
 
     @partial(jax.jit, static_argnames="split")
-    def eval_step(state, arrays, index, *, split):
-        return task.eval_step(state, shard_batch(task.eval_batch(split, index, arrays)))
+    def eval_step(prepared, arrays, index, *, split):
+        batch = shard_batch(task.eval_batch(split, index, arrays))
+        return task.eval_step(prepared, batch)
+
+    prepare = jax.jit(task.prepare_evaluation, static_argnums=1)
 
     def evaluate(state, split, poll=lambda: None):
         sums: metrics.Sums = {}
+        prepared = prepare(state, split, task.arrays)
         for index in range(task.num_eval_batches(split)):
             poll()
-            more = eval_step(state, task.arrays, np.int32(index), split=split)
+            more = eval_step(prepared, task.arrays, np.int32(index), split=split)
             sums = metrics.merge(sums, more)
         return metrics.means(sums)
 

@@ -47,7 +47,7 @@ def predict(
     header = ["bag", *names]
     header += [f"{name}_{end}" for name in names for end in ("low", "high")]
     rows = []
-    for index, (name, bag) in enumerate(_bags(task, source)):
+    for index, (name, bag) in enumerate(_bags(task, state, source)):
         key = jax.random.fold_in(jax.random.key(seed), index)
         estimate, low, high = bag_interval(task, state, bag, resamples, key)
         interval = np.stack([low, high], axis=1).reshape(-1)
@@ -103,11 +103,13 @@ def _bag_and_resamples(model, variables, bag, count, key, resamples) -> jax.Arra
     return jax.lax.map(estimate, indices, batch_size=16)
 
 
-def _bags(task: Quantification, source: str) -> Iterator[tuple[str, np.ndarray]]:
+def _bags(
+    task: Quantification, state: Any, source: str
+) -> Iterator[tuple[str, np.ndarray]]:
     spec = task.dataset.spec
     if source in ("validation", "test"):
         inputs = task.dataset.splits[source]["inputs"]
-        indices, _ = task.bag_indices(source)
+        indices, _, _ = task.evaluation_bags(state, source)
         for number, bag in enumerate(indices):
             yield str(number), inputs[bag]
         return

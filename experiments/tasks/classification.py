@@ -117,6 +117,12 @@ class Classification:
         batch = self._gather(arrays[split], jnp.minimum(position, size - 1))
         return batch | {"mask": position < size}
 
+    def prepare_evaluation(
+        self, state: supervised.TrainState, split: str, arrays: Mapping
+    ) -> supervised.TrainState:
+        """The state; see `loop.Task`."""
+        return state
+
     def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:
         """Cross-entropy and accuracy; see `loop.Task`."""
         logits = self.model.apply(state.variables, batch["inputs"])

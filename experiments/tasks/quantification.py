@@ -14,7 +14,12 @@ import numpy as np
 import data
 from archs import DeepSets, HistNetQ, contracts
 from archs import quantification as measures_of
-from data.samplers import class_table, draw_bags, draw_prevalences
+from data.samplers import (
+    class_table,
+    draw_bags,
+    draw_prevalences,
+    mixture_weights,
+)
 from experiments import metrics
 from experiments.loop import Training
 from experiments.optimizers import Optimizer
@@ -24,6 +29,7 @@ from experiments.tasks import quantification_report, supervised
 PROTOCOLS = ("uniform", "dirichlet", "natural", "grid")
 # Bags of validation and test are the same for every model and every seed of training.
 EVALUATION_SEED = {"validation": 1, "test": 2}
+EVALUATION_BATCH = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +39,11 @@ class Quantification:
     A bag's prevalences follow `protocol`; its label is the exact prevalence of the
     examples drawn. The labels of single examples are not used.
 
-    With `mixed_bags`, each step adds bags mixed exactly in representation space:
-    means and histograms are linear in the empirical measure, so with weights w of
-    the bags in the batch, `representation(sum_b w_b bag_b) = sum_b w_b r_b`, and the
-    prevalence mixes alike, at the cost of the head alone.
+    With `mixed_bags`, a step learns from mixtures of its bags instead, made exactly in
+    representation space: means and histograms are linear in the empirical measure, so
+    with weights w of the bags in the batch `representation(sum_b w_b bag_b) =
+    sum_b w_b r_b`, and the prevalence mixes alike. A mixture costs the head alone;
+    with `bag_size` 1 every example is encoded once and serves all mixtures.
 
     Attributes:
       model: a set network with `encode`, `aggregate`, `decode`; inputs
@@ -46,7 +53,7 @@ class Quantification:
       training: the config's.
       loss: a measure of `archs.quantification`.
       measures: measures of `archs.quantification` that evaluation reports besides.
-      num_bags: bags a step, and an evaluation batch.
+      num_bags: bags a step.
       bag_size: examples a bag.
       protocol: `uniform` on the simplex (APP), `dirichlet`, `natural` (the train
         split's prevalences, NPP) or `grid`, of the bags to learn from.
@@ -54,9 +61,9 @@ class Quantification:
       grid_points: values per class of `grid`.
       evaluation_protocol: of the bags of validation and test.
       replace: whether an example may come twice in a bag.
-      mixed_bags: bags mixed in representation space a step; 0: none.
-      mixing_concentration: Dirichlet concentration of the weights of a mixed bag over
-        the bags of the batch; small: few bags dominate.
+      evaluation_bag_size: examples a bag of validation and test; None: `bag_size`.
+      mixed_bags: mixtures a step, aimed at prevalences by `protocol`; 0: the step
+        learns from the bags as they are.
       validation_bags: number of bags of an evaluation during training.
       test_bags: number of bags of the final evaluation.
       baselines: train a classifier of the same encoder after the run, and set CC, PCC,
@@ -76,9 +83,9 @@ class Quantification:
     concentration: float = 1.0
     grid_points: int = 11
     evaluation_protocol: str = "uniform"
+    evaluation_bag_size: int | None = None
     replace: bool = True
     mixed_bags: int = 0
-    mixing_concentration: float = 0.2
     validation_bags: int = 300
     test_bags: int = 1000
     baselines: bool = True
@@ -94,9 +101,13 @@ class Quantification:
                     f"{name} must be one of {', '.join(PROTOCOLS)}, "
                     f"not {getattr(self, name)!r}"
                 )
-        for name in ("concentration", "mixing_concentration"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, not {getattr(self, name)}")
+        if self.evaluation_bag_size is not None and self.evaluation_bag_size < 1:
+            raise ValueError(
+                "evaluation_bag_size must be 1 or more, or None, "
+                f"not {self.evaluation_bag_size}"
+            )
+        if not self.concentration > 0:
+            raise ValueError(f"concentration must be > 0, not {self.concentration}")
         if self.mixed_bags < 0:
             raise ValueError(f"mixed_bags must be 0 or more, not {self.mixed_bags}")
         for name in (self.loss, *self.measures):
@@ -152,7 +163,7 @@ class Quantification:
                 f"{', '.join(known)}"
             )
         if "epsilon" in inspect.signature(function).parameters:
-            return partial(function, epsilon=1 / (2 * self.bag_size))
+            return partial(function, epsilon=1 / (2 * self.size_at_evaluation))
         return function
 
     # The methods of `loop.Task`.
@@ -172,43 +183,51 @@ class Quantification:
 
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Bags of the train split."""
-        bag_key, mix_key = jax.random.split(jax.random.fold_in(key, step))
-        batch = self._draw(bag_key, arrays["train"], self.protocol)
+        bag_key, target_key, weight_key = jax.random.split(
+            jax.random.fold_in(key, step), 3
+        )
+        indices, prevalence = self._draw_bags(
+            bag_key, arrays["train"], self.protocol, self.num_bags, self.bag_size
+        )
+        batch = {
+            "inputs": self._inputs(arrays["train"], indices),
+            "prevalence": prevalence,
+        }
         if self.mixed_bags:
-            batch["weights"] = jax.random.dirichlet(
-                mix_key,
-                jnp.full(self.num_bags, self.mixing_concentration),
-                (self.mixed_bags,),
-            )  # [mixed bag, bag]
+            targets = self._draw_prevalences(
+                target_key, self.protocol, self.mixed_bags, self.bag_size
+            )
+            batch["weights"] = mixture_weights(weight_key, prevalence, targets)
         return batch
 
-    def _draw(self, key: jax.Array, split: Mapping, protocol: str) -> dict:
-        indices, prevalence = self._draw_indices(key, split, protocol)
-        inputs = data.normalize(
+    def _inputs(self, split: Mapping, indices: jax.Array) -> jax.Array:
+        """Examples as the model takes them, [*indices.shape, *features]."""
+        return data.normalize(
             split["inputs"][indices], self.dataset.shift, self.dataset.scale
-        )  # [bag, element, *features]
-        return {"inputs": inputs, "prevalence": prevalence}
+        )
 
-    def _draw_indices(
-        self, key: jax.Array, split: Mapping, protocol: str
-    ) -> tuple[jax.Array, jax.Array]:
-        prevalence_key, example_key = jax.random.split(key)
-        prevalences = draw_prevalences(
-            prevalence_key,
-            self.num_bags,
+    def _draw_prevalences(
+        self, key: jax.Array, protocol: str, num_bags: int, bag_size: int
+    ) -> jax.Array:
+        return draw_prevalences(
+            key,
+            num_bags,
             self.dataset.spec.num_classes,
             protocol=protocol,
             concentration=self.concentration,
             natural=self.natural_prevalence,
-            bag_size=self.bag_size,
+            bag_size=bag_size,
             grid_points=self.grid_points,
         )
+
+    def _draw_bags(
+        self, key: jax.Array, split: Mapping, protocol: str, num_bags: int, size: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Example indices [bag, element] and their exact prevalences [bag, K]."""
+        prevalence_key, example_key = jax.random.split(key)
+        targets = self._draw_prevalences(prevalence_key, protocol, num_bags, size)
         return draw_bags(
-            example_key,
-            split["table"],
-            prevalences,
-            self.bag_size,
-            replace=self.replace,
+            example_key, split["table"], targets, size, replace=self.replace
         )
 
     def train_step(
@@ -217,7 +236,7 @@ class Quantification:
         """One update; see `loop.Task`."""
         weights, prevalence = batch.get("weights"), batch["prevalence"]
         if weights is not None:
-            prevalence = jnp.concatenate([prevalence, weights @ prevalence])
+            prevalence = weights @ prevalence
 
         def loss(params, model_state):
             estimate, model_state = self.model.apply(
@@ -227,7 +246,7 @@ class Quantification:
                 train=True,
                 rngs={"dropout": key},
                 mutable=list(model_state),
-                method=_estimate_with_mixtures,
+                method=_bags_or_mixtures,
             )
             values = self._measure(self.loss)(prevalence, estimate)
             return values.mean(), ({self.loss: metrics.masked(values)}, model_state)
@@ -235,26 +254,59 @@ class Quantification:
         return supervised.update(state, loss, self.optimizer, self.training.num_steps)
 
     def num_eval_batches(self, split: str) -> int:
-        """Batches of `num_bags` bags."""
-        total = self.validation_bags if split == "validation" else self.test_bags
-        return -(-total // self.num_bags)
+        """Batches of `EVALUATION_BATCH` bags."""
+        return -(-self._num_evaluation_bags(split) // EVALUATION_BATCH)
 
-    def _eval_key(self, split: str, index: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.key(EVALUATION_SEED[split]), index)
+    def _num_evaluation_bags(self, split: str) -> int:
+        return self.validation_bags if split == "validation" else self.test_bags
+
+    @property
+    def size_at_evaluation(self) -> int:
+        """Examples a bag of validation and test."""
+        return self.evaluation_bag_size or self.bag_size
+
+    def prepare_evaluation(
+        self, state: supervised.TrainState, split: str, arrays: Mapping
+    ) -> tuple[supervised.TrainState, jax.Array]:
+        """The state and φ of every example of the split, [n, f], computed once."""
+        inputs = arrays[split]["inputs"]
+
+        def encode(example):
+            example = data.normalize(example, self.dataset.shift, self.dataset.scale)
+            return self.model.apply(
+                state.variables, example[None, None], method="encode"
+            )[0, 0]
+
+        return state, jax.lax.map(encode, inputs, batch_size=min(len(inputs), 500))
 
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Bags of a split; the last batch is masked to the number asked for."""
-        batch = self._draw(
-            self._eval_key(split, index), arrays[split], self.evaluation_protocol
+        key = jax.random.fold_in(jax.random.key(EVALUATION_SEED[split]), index)
+        indices, prevalence = self._draw_bags(
+            key,
+            arrays[split],
+            self.evaluation_protocol,
+            EVALUATION_BATCH,
+            self.size_at_evaluation,
         )
-        total = self.validation_bags if split == "validation" else self.test_bags
-        return batch | {
-            "mask": index * self.num_bags + jnp.arange(self.num_bags) < total
+        number = index * EVALUATION_BATCH + jnp.arange(EVALUATION_BATCH)
+        return {
+            "indices": indices,
+            "prevalence": prevalence,
+            "mask": number < self._num_evaluation_bags(split),
         }
 
-    def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:
+    def estimate(self, prepared: tuple, indices: jax.Array) -> jax.Array:
+        """The model's prevalences of bags [bag, element] of prepared examples."""
+        state, features = prepared
+        representation = self.model.apply(
+            state.variables, features[indices], method="aggregate"
+        )
+        return self.model.apply(state.variables, representation, method="decode")
+
+    def eval_step(self, prepared: tuple, batch: Mapping) -> dict:
         """The loss and the measures, averaged over bags."""
-        estimate = self.model.apply(state.variables, batch["inputs"])
+        estimate = self.estimate(prepared, batch["indices"])
         return {
             name: metrics.masked(
                 self._measure(name)(batch["prevalence"], estimate), batch["mask"]
@@ -276,7 +328,9 @@ class Quantification:
         Raises:
           AssertionError: naming the contract and the worst element.
         """
-        inputs = batch["inputs"][:2, :16]
+        elements = batch["inputs"][:32].reshape(-1, *batch["inputs"].shape[2:])
+        inputs = elements[: len(elements) // 2 * 2][:32]
+        inputs = inputs.reshape(2, -1, *inputs.shape[1:])  # two bags
 
         @jax.jit
         def model(inputs, mask):
@@ -296,43 +350,34 @@ class Quantification:
         """Sections of the report, baselines among them; writes `test_bags.npz`."""
         return quantification_report.sections(self, state, workdir, seed)
 
-    def bag_indices(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Every evaluation bag of a split.
+    def evaluation_bags(
+        self, state: supervised.TrainState, split: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All bags of an evaluation.
 
         Returns:
-          Indices of its examples [bag, element] and prevalences [bag, K].
+          Indices of their examples [bag, element], their prevalences [bag, K] and the
+          model's estimates [bag, K].
         """
+        prepared = jax.jit(self.prepare_evaluation, static_argnums=1)(
+            state, split, self.arrays
+        )
 
         @jax.jit
-        def draw(arrays, index):
-            return self._draw_indices(
-                self._eval_key(split, index), arrays, self.evaluation_protocol
-            )
+        def bags(prepared, arrays, index):
+            batch = self.eval_batch(split, index, arrays)
+            estimate = self.estimate(prepared, batch["indices"])
+            return batch["indices"], batch["prevalence"], estimate
 
         batches = [
-            draw(self.arrays[split], np.int32(index))
+            jax.device_get(bags(prepared, self.arrays, np.int32(index)))
             for index in range(self.num_eval_batches(split))
         ]
-        total = self.validation_bags if split == "validation" else self.test_bags
-        indices, prevalences = (
-            np.concatenate(x)[:total] for x in zip(*batches, strict=True)
+        total = self._num_evaluation_bags(split)
+        indices, true, estimate = (
+            np.concatenate(parts)[:total] for parts in zip(*batches, strict=True)
         )
-        return indices, prevalences
-
-    def estimates(self, state: supervised.TrainState, split: str) -> np.ndarray:
-        """The model's prevalences of every evaluation bag of a split, [bag, K]."""
-
-        @jax.jit
-        def estimate(state, arrays, index):
-            batch = self.eval_batch(split, index, arrays)
-            return self.model.apply(state.variables, batch["inputs"])
-
-        rows = [
-            np.asarray(estimate(state, self.arrays, np.int32(index)))
-            for index in range(self.num_eval_batches(split))
-        ]
-        total = self.validation_bags if split == "validation" else self.test_bags
-        return np.concatenate(rows)[:total]
+        return indices, true, estimate
 
 
 def _pools_linearly(model: nn.Module) -> bool:
@@ -341,12 +386,11 @@ def _pools_linearly(model: nn.Module) -> bool:
     )
 
 
-def _estimate_with_mixtures(
+def _bags_or_mixtures(
     model: nn.Module, inputs: jax.Array, weights: jax.Array | None, *, train: bool
 ) -> jax.Array:
-    """Prevalences of the bags and, below them, of their mixtures."""
+    """Prevalences of the bags or, with weights, of their mixtures."""
     representation = model.aggregate(model.encode(inputs, train=train))
     if weights is not None:
-        mixtures = weights @ representation  # [mixed bag, r]
-        representation = jnp.concatenate([representation, mixtures])
+        representation = weights @ representation  # [mixed bag, r]
     return model.decode(representation, train=train)

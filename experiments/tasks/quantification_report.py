@@ -27,9 +27,9 @@ def sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Section]:
       workdir: the run's.
       seed: of the baselines' classifier.
     """
-    indices, true = task.bag_indices("test")
+    indices, true, estimate = task.evaluation_bags(state, "test")
     name = type(task.model).__name__
-    by_method = {name: task.estimates(state, "test")}
+    by_method = {name: estimate}
     note = ""
     if task.baselines:
         posteriors = baselines.train_classifier(
@@ -48,12 +48,12 @@ def sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Section]:
         )
     np.savez_compressed(workdir / "test_bags.npz", true=true, **by_method)
     spec = task.dataset.spec
-    table = error_table(by_method, true, task.bag_size)
+    table = error_table(by_method, true, task.size_at_evaluation)
     result = [
         Section(
             title="Test error, beside classical methods" if note else "Test error",
-            text=f"{len(true)} bags of {task.bag_size} examples; mean ± standard "
-            f"deviation over bags. {note}",
+            text=f"{len(true)} bags of {task.size_at_evaluation} examples; mean ± "
+            f"standard deviation over bags. {note}",
             table=table,
         ),
         Section(
