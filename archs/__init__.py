@@ -12,6 +12,7 @@ from .contracts import (
     assert_permutation_invariant,
 )
 from .deepsets import DeepSets, EquivariantLayer
+from .dropout import Dropout
 from .encoders import CNN, MLP, Classifier, encode_elements
 from .histnetq import HistNetQ, PrevalenceHead
 from .histogram import (
@@ -60,6 +61,7 @@ __all__ = [
     "MLP",
     "Classifier",
     "DeepSets",
+    "Dropout",
     "EquivariantLayer",
     "HardBinningHistogram",
     "HardHistogram",

@@ -133,8 +133,8 @@ def assert_padding_invariant(
     Every bag is lengthened by `extra` masked elements, once at its end and once at its
     front, which hold zeros, huge numbers, infinities or NaN; where the given mask is
     already False the contents are replaced too. The gradient with respect to the
-    inputs is that of `sum(f^2 + f)`: equal for real elements, exactly zero
-    for padding.
+    inputs is that of a fixed mixture of f's entries (their plain sum would be constant
+    for prevalences): equal for real elements, exactly zero for padding.
 
     Args:
       f: a function of (inputs, mask) to an array or a pytree of arrays without an
@@ -142,7 +142,8 @@ def assert_padding_invariant(
       inputs: [bag, element, *features], floating.
       mask: None or bool [bag, element].
       extra: how many padded elements are added.
-      rtol: as in `assert_permutation_invariant`.
+      rtol: as in `assert_permutation_invariant`; gradients, in which rounding errors
+        cancel less, are allowed a hundred times as much.
 
     Raises:
       AssertionError: an output or a gradient differs, or is not finite.
@@ -169,7 +170,8 @@ def assert_padding_invariant(
             _assert_close(f"{name}: gradient", np.zeros_like(leaked), leaked, 0.0)
             end = front + inputs.shape[1]
             kept = gradient[:, front:end]
-            _assert_close(f"{name}: gradient", expected_gradient, kept, rtol)
+            slack = 100 * (_tolerance(kept.dtype) if rtol is None else rtol)
+            _assert_close(f"{name}: gradient", expected_gradient, kept, slack)
 
 
 def assert_finite_on_empty_set(f: SetFunction, inputs: jax.Array) -> None:
@@ -195,19 +197,20 @@ def assert_finite_on_empty_set(f: SetFunction, inputs: jax.Array) -> None:
         _assert_finite("finite gradient on the empty set", gradient)
     whole = output_and_gradient(inputs, full)
     _assert_close("independence of empty bags", whole[0], out, None, np.s_[1::2])
-    _assert_close("independence of empty bags", whole[1], gradient, None, np.s_[1::2])
+    slack = 100 * _tolerance(gradient.dtype)
+    _assert_close("independence of empty bags", whole[1], gradient, slack, np.s_[1::2])
 
 
 # Contracts are prepared and compared in NumPy: only `f` is compiled.
 
 
 def _output_and_gradient(f: SetFunction) -> Callable[..., tuple[Any, jax.Array]]:
-    """A compiled function of (inputs, mask): f, and the gradient of sum(f^2 + f)."""
+    """A compiled function of (inputs, mask): f, and the gradient of a mixture of f."""
 
     def loss(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
         out = f(x, mask)
-        leaves = [_wide(y) for y in jax.tree.leaves(out)]
-        return sum(jnp.sum(y**2 + y) for y in leaves), out
+        leaves = [_wide(y).ravel() for y in jax.tree.leaves(out)]
+        return sum(jnp.cos(jnp.arange(y.size)) @ (y**2 + y) for y in leaves), out
 
     gradient = jax.jit(jax.grad(loss, has_aux=True))
     return lambda x, mask: gradient(jnp.asarray(x), jnp.asarray(mask))[::-1]

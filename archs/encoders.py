@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from .contracts import check_set
+from .dropout import Dropout
 
 
 def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
@@ -27,6 +28,8 @@ def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
     set network that sums many elements diverges with the larger LeCun variance
     1/fan_in.
     """
+    if fan_in < 1:
+        raise ValueError("a layer has no input features: the size before it is 0.")
     bound = 1 / math.sqrt(fan_in)
 
     def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32):
@@ -76,7 +79,7 @@ class MLP(nn.Module):
         for size in self.hidden_sizes:
             x = dense(size, x.shape[-1], dtype=self.dtype)(x)
             x = activation(x)
-            x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+            x = Dropout(self.dropout_rate)(x, train=train)
         return dense(self.features, x.shape[-1], dtype=self.dtype)(x)
 
 

@@ -30,9 +30,10 @@ class Checkpoints:
     Args:
       directory: where they are; made when missing.
       keep_best: how many of the best are kept besides.
+      read_only: leaves alone what another process may be writing.
     """
 
-    def __init__(self, directory: Path, keep_best: int = 1):
+    def __init__(self, directory: Path, keep_best: int = 1, read_only: bool = False):
         self.directory = Path(directory).absolute()
         preservation = _policies.AnyPreservationPolicy(
             [
@@ -49,11 +50,18 @@ class Checkpoints:
             best_fn=lambda metrics: metrics["measure"],
             best_mode="min",
             preservation_policy=preservation,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         self._open()
 
     def _open(self):
+        # The manager reads all measures at once and raises at a damaged one.
+        for file in self.directory.glob("[0-9]*/metrics/metrics"):
+            try:
+                json.loads(file.read_text())["measure"]
+            except (ValueError, KeyError, TypeError) as error:
+                self._set_aside(int(file.parts[-3]), error)
         self._manager = ocp.CheckpointManager(self.directory, options=self._options)
 
     def steps(self) -> list[int]:
@@ -146,7 +154,9 @@ class Checkpoints:
             try:
                 state, progress = self.restore(step, template)
             except Exception as error:
+                self._manager.close()
                 self._set_aside(step, error)
+                self._open()
             else:
                 return step, state, progress
         if steps:
@@ -161,12 +171,10 @@ class Checkpoints:
         return self.directory.parent / "damaged_checkpoints"
 
     def _set_aside(self, step: int, error: Exception) -> None:
-        self._manager.close()
         self._damaged.mkdir(exist_ok=True)
         target = self._damaged / str(step)
         shutil.rmtree(target, ignore_errors=True)
         shutil.move(self.directory / str(step), target)
-        self._open()
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
             f"The checkpoint of step {step} cannot be read ({first_line[:200]}); it is "

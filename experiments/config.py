@@ -22,6 +22,8 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import math
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -75,8 +77,8 @@ class Experiment:
                 f"precision must be one of {', '.join(PRECISIONS)}, "
                 f"not {self.precision!r}"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, not {self.seed}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie between 0 and 2**32, not {self.seed}")
 
 
 def load(config_flag: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
@@ -117,6 +119,8 @@ def _read_file(config_flag: str) -> dict:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"{filename}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        raise UserError(f"{filename}: {type(error).__name__}: {error}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"{filename} defines no get_config() -> ConfigDict.")
     arguments = [variant] if variant else []
@@ -125,11 +129,10 @@ def _read_file(config_flag: str) -> dict:
     except TypeError as error:
         raise UserError(f"{filename}: get_config({variant!r}): {error}.") from error
     try:
-        config = module.get_config(*arguments)
-    except (ValueError, AttributeError, KeyError) as error:
-        message = error.args[0] if error.args else error
+        return ConfigDict(module.get_config(*arguments)).to_dict()
+    except Exception as error:
+        message = error.args[0] if error.args else type(error).__name__
         raise UserError(f"{filename}: {message}") from error
-    return ConfigDict(config).to_dict()
 
 
 def _is_name(path: str) -> bool:
@@ -244,7 +247,7 @@ def _named(path: str, name: str) -> dict:
         if isinstance(cls := getattr(room, public), type)
         and (kind is type or issubclass(cls, kind))
     }
-    if name not in choices:
+    if not isinstance(name, str) or name not in choices:
         raise UserError(
             f"{path}.name: there is no {name!r} in {room.__name__}"
             f"{_nearest(str(name), choices)} It has: {', '.join(choices)}."
@@ -335,6 +338,7 @@ def _coerce(path: str, value: Any, annotation: Any) -> Any:
         ok = value is None
     elif annotation is float:
         ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        ok = ok and math.isfinite(value)
         value = float(value) if ok else value
     elif annotation is int:
         ok = isinstance(value, int) and not isinstance(value, bool)
@@ -347,6 +351,9 @@ def _coerce(path: str, value: Any, annotation: Any) -> Any:
     elif annotation is dict or _is_module_type(annotation):
         ok = isinstance(value, Mapping)
         value = dict(value) if ok else value
+    elif annotation is os.PathLike:
+        ok = isinstance(value, os.PathLike)
+        value = os.fspath(value) if ok else value
     else:
         ok = True
     if not ok:

@@ -93,8 +93,8 @@ class Training:
             "keep_best",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be 1 or more, not {value}")
+            if value is not None and not 1 <= value < 2**31:
+                raise ValueError(f"{name} must lie between 1 and 2**31, not {value}")
         for name in ("num_steps", "log_every", "eval_every"):
             value = getattr(self, name)
             if value % self.steps_per_call:
@@ -168,13 +168,18 @@ def compile_steps(task: Task, seed: int, state: Any, steps_per_call: int) -> Cal
         batch = shard_batch(task.sample(data_key, step, arrays))
         return task.train_step(state, batch, jax.random.fold_in(step_key, step))
 
-    @partial(jax.jit, donate_argnums=0, static_argnums=3)
+    @partial(
+        jax.jit,
+        donate_argnums=0,
+        static_argnums=3,
+        out_shardings=(everywhere(), None),
+    )
     def run(state, arrays, first_step, length):
+        if length == 1:  # no loop, not even one of a single turn
+            state, row = one_step(arrays, state, first_step)
+            return state, jax.tree.map(lambda leaf: leaf[None], row)
         steps = first_step + jnp.arange(length, dtype=jnp.int32)
-        # A scan of one step, unrolled, is the step itself: no loop is left.
-        return jax.lax.scan(
-            partial(one_step, arrays), state, steps, unroll=(length == 1)
-        )
+        return jax.lax.scan(partial(one_step, arrays), state, steps)
 
     step = jax.ShapeDtypeStruct((), jnp.int32)
     jaxpr = jax.make_jaxpr(one_step)(task.arrays, state, step)
@@ -192,16 +197,25 @@ def compile_steps(task: Task, seed: int, state: Any, steps_per_call: int) -> Cal
     return run_steps
 
 
+def _sharding(*axes: str) -> jax.sharding.NamedSharding:
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+
+def everywhere() -> jax.sharding.NamedSharding:
+    """The sharding of what every device has a copy of: the state and the dataset."""
+    return _sharding()
+
+
 def shard_batch(batch: Any) -> Any:
     """Splits the leading axis of a batch over all devices, where there are several."""
-    devices = jax.devices()
-    if len(devices) == 1:
+    num_devices = jax.device_count()
+    if num_devices == 1:
         return batch
-    mesh = jax.sharding.Mesh(np.asarray(devices), ("data",))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    split = _sharding("data")
 
     def constrain(leaf):
-        if leaf.ndim and leaf.shape[0] % len(devices) == 0:
+        if leaf.ndim and leaf.shape[0] % num_devices == 0:
             return jax.lax.with_sharding_constraint(leaf, split)
         return leaf
 
@@ -220,13 +234,14 @@ def compile_evaluation(task: Task) -> Callable:
         return task.eval_step(prepared, batch)
 
     prepare = jax.jit(task.prepare_evaluation, static_argnums=1)
+    arrays = jax.device_put(task.arrays, everywhere())
 
     def evaluate(state, split, poll=lambda: None):
         sums: metrics.Sums = {}
-        prepared = prepare(state, split, task.arrays)
+        prepared = prepare(state, split, arrays)
         for index in range(task.num_eval_batches(split)):
             poll()
-            more = eval_step(prepared, task.arrays, np.int32(index), split=split)
+            more = eval_step(prepared, arrays, np.int32(index), split=split)
             sums = metrics.merge(sums, more)
         return metrics.means(sums)
 
@@ -258,10 +273,10 @@ def train(
       UserError: when checkpoints can be neither read nor written.
     """
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", training.keep_best)
-    init = jax.jit(partial(initial_state, task, seed))
-    template = jax.eval_shape(init, task.arrays)
+    template = state_template(task, seed)
     restored = checkpoints.restore_latest(template)
     if restored is None:
+        init = jax.jit(partial(initial_state, task, seed), out_shardings=everywhere())
         step, state = 0, init(task.arrays)
         notes = {
             "best": None,
@@ -274,10 +289,12 @@ def train(
     else:
         step, state, notes = restored
         progress.resumed(step)
-    if step >= training.num_steps or notes["stopped"]:
+    finished = step >= training.num_steps and notes["evaluated_at"] == step
+    if finished or notes["stopped"]:
         checkpoints.close()
         return best_state(workdir, task, seed)[1]
 
+    arrays = jax.device_put(task.arrays, everywhere())
     writer = metrics.MetricsWriter(workdir, notes["position"], step)
     run_steps = compile_steps(task, seed, template, training.steps_per_call)
     evaluate = compile_evaluation(task)
@@ -347,7 +364,7 @@ def train(
                 if step >= training.num_steps or notes["stopped"]:
                     break
                 stop_if_asked()
-                state, rows = run_steps(state, task.arrays, np.int32(step))
+                state, rows = run_steps(state, arrays, np.int32(step))
                 pending.append((step, rows))
                 step += training.steps_per_call
                 if step % training.log_every == 0 or step == training.num_steps:
@@ -376,7 +393,8 @@ def train(
 
 def _note_evaluation(notes: dict, step: int, measure: float) -> None:
     notes["evaluated_at"] = step
-    if notes["best"] is None or measure < notes["best"]["value"]:
+    best = notes["best"]
+    if math.isfinite(measure) and (best is None or measure < best["value"]):
         notes["best"] = {"value": measure, "step": step}
         notes["evaluations_since_best"] = 0
     else:
@@ -390,6 +408,14 @@ def initial_state(task: Task, seed: int, arrays: Any) -> Any:
     return task.init(jax.random.fold_in(key, 0), batch)
 
 
+def state_template(task: Task, seed: int) -> Any:
+    """Shapes, dtypes and sharding of the state."""
+    shapes = jax.eval_shape(partial(initial_state, task, seed), task.arrays)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere()), shapes
+    )
+
+
 def best_state(workdir: Path, task: Task, seed: int) -> tuple[int, Any]:
     """Step and state of the best checkpoint in a workdir.
 
@@ -399,11 +425,10 @@ def best_state(workdir: Path, task: Task, seed: int) -> tuple[int, Any]:
     directory = Path(workdir) / "checkpoints"
     if not directory.is_dir() or not any(directory.iterdir()):
         raise UserError(f"There is no checkpoint in {directory}: train first.")
-    checkpoints = Checkpoints(directory)
-    template = jax.eval_shape(partial(initial_state, task, seed), task.arrays)
+    checkpoints = Checkpoints(directory, read_only=True)
     step = checkpoints.best_step()
     try:
-        state, _ = checkpoints.restore(step, template)
+        state, _ = checkpoints.restore(step, state_template(task, seed))
     except Exception as error:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(

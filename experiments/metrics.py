@@ -82,7 +82,7 @@ class MetricsWriter:
         from tensorboardX import SummaryWriter
 
         self._file = (Path(workdir) / "metrics.jsonl").open("ab")
-        self._file.truncate(position)
+        self._file.truncate(min(position, self._file.tell()))
         self._file.seek(0, 2)
         self._events = SummaryWriter(
             str(Path(workdir) / "tensorboard"),

@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 
+import jax
+import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("constant", "cosine", "plateau")
@@ -51,6 +53,10 @@ class Optimizer:
             )
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be > 0, not {self.learning_rate}")
+        if not 0 <= self.warmup_steps < 2**31:
+            raise ValueError(
+                f"warmup_steps must lie between 0 and 2**31, not {self.warmup_steps}"
+            )
         if not 0 <= self.end_learning_rate <= self.learning_rate:
             raise ValueError(
                 "end_learning_rate must lie between 0 and learning_rate "
@@ -66,6 +72,10 @@ class Optimizer:
             )
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be >= 0, not {self.weight_decay}")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"momentum must lie between 0 and 1 or be None, not {self.momentum}"
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm must be > 0 or None, not {self.clip_norm}")
         if self.accumulation_steps < 1:
@@ -84,6 +94,16 @@ class Optimizer:
         for field in ("weight_decay", "momentum"):
             if getattr(self, field) and field not in parameters:
                 raise ValueError(f"{field}: optax.{self.name} has none")
+        try:
+            jax.eval_shape(self._one_update, jnp.zeros(1))
+        except Exception as error:
+            raise ValueError(
+                f"name: optax.{self.name} needs more than this section sets: {error}"
+            ) from error
+
+    def _one_update(self, params: jax.Array) -> jax.Array:
+        step = self.transformation(1)
+        return step.update(params, step.init(params), params)[0]
 
     def learning_rate_schedule(self, num_steps: int) -> optax.Schedule:
         """Update number -> learning rate, before any reduction on a plateau."""

@@ -1,6 +1,8 @@
 """Prevalences of bags that a user brings, with bootstrap intervals."""
 
 import csv
+import zipfile
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -53,6 +55,8 @@ def predict(
         interval = np.stack([low, high], axis=1).reshape(-1)
         numbers = [f"{value:.6f}" for value in (*estimate, *interval)]
         rows.append([name, *numbers])
+    if not rows:
+        raise UserError(f"{source} holds no bag.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("w", newline="") as file:
@@ -122,6 +126,8 @@ def _bags(
             )
         if not len(bag):
             raise UserError(f"{source}, bag {name} is empty.")
+        if bag.dtype.kind not in "buif":
+            raise UserError(f"{source}, bag {name} holds {bag.dtype}, not numbers.")
         if not np.isfinite(bag).all():
             raise UserError(f"{source}, bag {name} holds NaN or infinite values.")
         yield name, bag
@@ -141,8 +147,9 @@ def read_bags(path: Path, feature_shape: tuple) -> Iterator[tuple[str, np.ndarra
     """
     try:
         if path.suffix == ".npz":
-            with np.load(path) as arrays:
-                arrays = {name: arrays[name] for name in arrays.files}
+            # `np.load` takes other formats under this name for what they are.
+            with zipfile.ZipFile(path), np.load(path) as archive:
+                arrays = {name: np.asarray(archive[name]) for name in archive.files}
             if len(arrays) == 1:
                 (only,) = arrays.values()
                 if only.ndim == len(feature_shape) + 2:
@@ -156,13 +163,13 @@ def read_bags(path: Path, feature_shape: tuple) -> Iterator[tuple[str, np.ndarra
             )
     except OSError as error:
         raise UserError(f"Could not read {path}: {error.strerror or error}.") from error
-    except ValueError as error:
+    except (ValueError, csv.Error, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"Could not read {path}: {error}.") from error
 
 
 def _read_csv(path: Path, feature_shape: tuple) -> Iterator[tuple[str, np.ndarray]]:
     bags: dict[str, list] = {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         for number, row in enumerate(reader, start=2):
             name = row.pop("bag", "0")

@@ -60,16 +60,18 @@ class Progress:
             )
 
     def evaluated(
-        self, step: int, values: Mapping[str, float], monitor: str, best: Mapping
+        self, step: int, values: Mapping[str, float], monitor: str, best: Mapping | None
     ) -> None:
-        """Validation measures, and the best of the monitored one so far."""
-        text = f"{monitor} {values[monitor]:.4g}, best {best['value']:.4g}"
+        """Validation measures, and the best of the monitored one if any was finite."""
+        text = "none yet"
+        if best:
+            text = f"{best['value']:.4g} at step {best['step']}"
         if self._bar is not None:
-            self._bar.set_postfix_str(text)
+            self._bar.set_postfix_str(f"{monitor} {values[monitor]:.4g}, best {text}")
         else:
             self.message(
                 f"step {step}/{self._num_steps}  validation  {format_values(values)}"
-                f"  (best {monitor} {best['value']:.4g} at step {best['step']})"
+                f"  (best {monitor} {text})"
             )
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ import difflib
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 import data
 from experiments import config as configs
@@ -44,6 +46,11 @@ def main(argv: Sequence[str]) -> int:
       argv: the arguments after the program's name.
     """
     warnings.showwarning = _show_warning
+    # Orbax tells of a damaged checkpoint in tracebacks of its background tasks; the
+    # run tells of it in a sentence.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None
     try:
         _run(argv)
     except (UserError, data.DataError) as error:
@@ -67,7 +74,7 @@ def _run(argv: Sequence[str]) -> None:
     _enable_compilation_cache()
     if options.mode == "train":
         config = configs.load(options.config, overrides)
-        dataset, task, training = _build(config)
+        dataset, task, training = build(config)
         with _locked(workdir):
             _check_same_config(workdir, config)
             _describe(workdir, config, dataset)
@@ -75,7 +82,7 @@ def _run(argv: Sequence[str]) -> None:
             _evaluate(workdir, config, task)
     else:
         config = _stored_config(workdir, options.config, overrides)
-        dataset, task, _ = _build(config)
+        dataset, task, _ = build(config)
         if options.mode == "eval":
             with _locked(workdir):
                 _evaluate(workdir, config, task)
@@ -140,8 +147,10 @@ def _overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     """Splits off `--config.FIELD=VALUE` and `--config.FIELD VALUE`."""
     overrides, rest, waiting = {}, [], None
     for argument in arguments:
-        if waiting is not None:
+        if waiting is not None and not argument.startswith("--"):
             overrides[waiting], waiting = argument, None
+        elif waiting is not None:
+            break
         elif argument.startswith("--config."):
             field, equals, value = argument.removeprefix("--config.").partition("=")
             if equals:
@@ -157,12 +166,25 @@ def _overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 def _enable_compilation_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "archs" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _build(config) -> tuple[data.Dataset, loop.Task, loop.Training]:
+def load_run(workdir: Path) -> tuple[loop.Task, ConfigDict]:
+    """Task and config of the run in a workdir."""
+    config = _stored_config(workdir, None, {})
+    return build(config)[1], config
+
+
+def build(config: ConfigDict) -> tuple[data.Dataset, loop.Task, loop.Training]:
+    """Dataset, task and training of a completed config.
+
+    Raises:
+      UserError, data.DataError: when a section's values are impossible, the dataset
+        cannot be had, or the model does not fit it.
+    """
     sections = config.to_dict()
     top = {key: sections[key] for key in ("seed", "precision", "check_contracts")}
     configs.instantiate(
@@ -190,6 +212,13 @@ def _build(config) -> tuple[data.Dataset, loop.Task, loop.Training]:
         optimizer=optimizer,
         training=training,
     )
+    try:
+        jax.eval_shape(task.sample, jax.random.key(0), np.int32(0), task.arrays)
+        for split in ("validation", "test"):
+            draw = partial(task.eval_batch, split)
+            jax.eval_shape(draw, np.int32(0), task.arrays)
+    except ValueError as error:
+        raise UserError(f"config.task: {error}") from error
     try:
         jax.eval_shape(partial(loop.initial_state, task, config.seed), task.arrays)
     except (ValueError, TypeError, AssertionError, AttributeError) as error:
@@ -239,13 +268,20 @@ def _check_same_config(workdir: Path, config) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    lines = configs.differences(json.loads(path.read_text()), config.to_dict())
+    lines = configs.differences(_read_config(path), config.to_dict())
     if lines:
         raise UserError(
             f"{workdir} holds a run with another config:\n  "
             + "\n  ".join(lines)
             + "\nChoose another --workdir, or give the config of that run to resume it."
         )
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
 
 
 def _stored_config(workdir: Path, config_flag: str | None, overrides):
@@ -257,7 +293,7 @@ def _stored_config(workdir: Path, config_flag: str | None, overrides):
         config = configs.load(config_flag, overrides)
         _check_same_config(workdir, config)
         return config
-    raw = json.loads(path.read_text())
+    raw = _read_config(path)
     if overrides:
         raise UserError(
             "--config.FIELD changes nothing in a finished run: leave it out, or train "

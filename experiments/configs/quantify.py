@@ -1,20 +1,22 @@
 """Quantification of a labelled dataset: `quantify.py:MODEL_DATASET`.
 
 MODEL is `histnetq` or `deepsets`, DATASET one of `digits`, `breast_cancer`, `wine`,
-`mnist`, `fashion_mnist`.
+`mnist`, `fashion_mnist`. Training encodes `num_bags` examples a step and learns from
+mixtures of them (`mixed_bags`); with `config.task.mixed_bags=0`,
+`config.task.bag_size=100` and `config.task.num_bags=20` it learns from bags as drawn.
 """
 
 from ml_collections import ConfigDict
 
-VECTOR_DATASETS = ("breast_cancer", "wine")
-IMAGE_DATASETS = ("mnist", "fashion_mnist")
+VECTORS = ("breast_cancer", "wine")
+IMAGES = ("mnist", "fashion_mnist")
 MODELS = ("histnetq", "deepsets")
 
 
 def get_config(variant: str = "histnetq_digits") -> ConfigDict:
     """The config of a variant `MODEL_DATASET`."""
     model, _, dataset = variant.partition("_")
-    datasets = ("digits", *VECTOR_DATASETS, *IMAGE_DATASETS)
+    datasets = ("digits", *VECTORS, *IMAGES)
     if model not in MODELS or dataset not in datasets:
         raise ValueError(
             f"there is no variant {variant!r}: MODEL_DATASET with MODEL one of "
@@ -22,25 +24,35 @@ def get_config(variant: str = "histnetq_digits") -> ConfigDict:
         )
     config = ConfigDict()
     config.dataset = dict(name=dataset)
-    if dataset in IMAGE_DATASETS:
+    config.task = dict(
+        name="Quantification",
+        num_bags=256,
+        bag_size=1,
+        mixed_bags=64,
+        evaluation_bag_size=500 if dataset in IMAGES else 100,
+    )
+    config.optimizer = dict(
+        name="adamw", learning_rate=1e-3, schedule="cosine", ema_decay=0.99
+    )
+    if dataset in IMAGES:
         encoder = dict(name="CNN", channels=(16, 32), features=256)
-        head = dict(name="PrevalenceHead", hidden_sizes=(1024,), dropout_rate=0.1)
-        config.task = dict(name="Quantification", num_bags=2, bag_size=500)
+        head = dict(name="PrevalenceHead", hidden_sizes=(512,))
+        config.training = dict(num_steps=1500, steps_per_call=10, eval_every=250)
+        config.training.log_every = 50
     else:
         encoder = dict(
-            name="MLP", hidden_sizes=(256, 256), features=64, dropout_rate=0.5
+            name="MLP", hidden_sizes=(512, 512), features=64, dropout_rate=0.3
         )
-        head = dict(name="PrevalenceHead", hidden_sizes=(256,), dropout_rate=0.2)
-        config.task = dict(name="Quantification", num_bags=20, bag_size=100)
+        head = dict(name="PrevalenceHead", hidden_sizes=(256,))
+        config.training = dict(num_steps=4000, steps_per_call=50, eval_every=500)
+        config.training.log_every = 500
     if model == "histnetq":
         config.model = dict(
             name="HistNetQ",
             encoder=encoder,
-            histogram=dict(name="LinearHistogram", num_bins=32),
+            histogram=dict(name="LinearHistogram", num_bins=16),
             head=head,
         )
     else:
         config.model = dict(name="DeepSets", phi=encoder, rho=head, aggregation="mean")
-    config.optimizer = dict(name="adamw", learning_rate=1e-3, schedule="cosine")
-    config.training = dict(num_steps=2000, steps_per_call=20, eval_every=200)
     return config

@@ -30,6 +30,7 @@ PROTOCOLS = ("uniform", "dirichlet", "natural", "grid")
 # Bags of validation and test are the same for every model and every seed of training.
 EVALUATION_SEED = {"validation": 1, "test": 2}
 EVALUATION_BATCH = 20
+ENCODING_CHUNK = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Quantification:
     representation space: means and histograms are linear in the empirical measure, so
     with weights w of the bags in the batch `representation(sum_b w_b bag_b) =
     sum_b w_b r_b`, and the prevalence mixes alike. A mixture costs the head alone;
-    with `bag_size` 1 every example is encoded once and serves all mixtures.
+    with `bag_size` 1 every example is encoded once and serves all mixtures. For other
+    poolings (then `bag_size` must be 1) a mixture is a bag of `evaluation_bag_size`
+    encoded examples drawn with the weights.
 
     Attributes:
       model: a set network with `encode`, `aggregate`, `decode`; inputs
@@ -112,10 +115,11 @@ class Quantification:
             raise ValueError(f"mixed_bags must be 0 or more, not {self.mixed_bags}")
         for name in (self.loss, *self.measures):
             self._measure(name)
-        if self.mixed_bags and not _pools_linearly(self.model):
+        if self.mixed_bags and self.bag_size > 1 and not pools_linearly(self.model):
             raise ValueError(
-                "mixed_bags: mixing in representation space is exact for poolings "
-                "that are linear: HistNetQ, or DeepSets with aggregation='mean'"
+                "mixed_bags: bags of several examples are mixed in representation "
+                "space, which is exact for poolings that are linear: HistNetQ, or "
+                "DeepSets with aggregation='mean'; others need bag_size=1"
             )
         if not (hasattr(self.model, "encode") and hasattr(self.model, "aggregate")):
             raise ValueError(
@@ -183,8 +187,8 @@ class Quantification:
 
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Bags of the train split."""
-        bag_key, target_key, weight_key = jax.random.split(
-            jax.random.fold_in(key, step), 3
+        bag_key, target_key, weight_key, draw_key = jax.random.split(
+            jax.random.fold_in(key, step), 4
         )
         indices, prevalence = self._draw_bags(
             bag_key, arrays["train"], self.protocol, self.num_bags, self.bag_size
@@ -197,7 +201,18 @@ class Quantification:
             targets = self._draw_prevalences(
                 target_key, self.protocol, self.mixed_bags, self.bag_size
             )
-            batch["weights"] = mixture_weights(weight_key, prevalence, targets)
+            weights = mixture_weights(weight_key, prevalence, targets)
+            if pools_linearly(self.model):
+                batch["weights"] = weights
+                batch["prevalence"] = weights @ prevalence
+            else:
+                elements = jax.random.categorical(
+                    draw_key,
+                    jnp.log(weights)[:, None],
+                    shape=(self.mixed_bags, self.size_at_evaluation),
+                )
+                batch["elements"] = elements
+                batch["prevalence"] = prevalence[elements].mean(1)
         return batch
 
     def _inputs(self, split: Mapping, indices: jax.Array) -> jax.Array:
@@ -234,21 +249,17 @@ class Quantification:
         self, state: supervised.TrainState, batch: Mapping, key: jax.Array
     ) -> tuple[supervised.TrainState, dict]:
         """One update; see `loop.Task`."""
-        weights, prevalence = batch.get("weights"), batch["prevalence"]
-        if weights is not None:
-            prevalence = weights @ prevalence
 
         def loss(params, model_state):
             estimate, model_state = self.model.apply(
                 {"params": params, **model_state},
-                batch["inputs"],
-                weights,
+                batch,
                 train=True,
                 rngs={"dropout": key},
                 mutable=list(model_state),
                 method=_bags_or_mixtures,
             )
-            values = self._measure(self.loss)(prevalence, estimate)
+            values = self._measure(self.loss)(batch["prevalence"], estimate)
             return values.mean(), ({self.loss: metrics.masked(values)}, model_state)
 
         return supervised.update(state, loss, self.optimizer, self.training.num_steps)
@@ -271,13 +282,18 @@ class Quantification:
         """The state and φ of every example of the split, [n, f], computed once."""
         inputs = arrays[split]["inputs"]
 
-        def encode(example):
-            example = data.normalize(example, self.dataset.shift, self.dataset.scale)
-            return self.model.apply(
-                state.variables, example[None, None], method="encode"
-            )[0, 0]
-
-        return state, jax.lax.map(encode, inputs, batch_size=min(len(inputs), 500))
+        # Chunks bound the memory; not in a loop, where XLA's CPU backend computes
+        # convolutions many times slower.
+        features = []
+        for start in range(0, len(inputs), ENCODING_CHUNK):
+            chunk = data.normalize(
+                inputs[start : start + ENCODING_CHUNK],
+                self.dataset.shift,
+                self.dataset.scale,
+            )
+            encoded = self.model.apply(state.variables, chunk[:, None], method="encode")
+            features.append(encoded[:, 0])
+        return state, jnp.concatenate(features)
 
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Bags of a split; the last batch is masked to the number asked for."""
@@ -380,17 +396,19 @@ class Quantification:
         return indices, true, estimate
 
 
-def _pools_linearly(model: nn.Module) -> bool:
+def pools_linearly(model: nn.Module) -> bool:
+    """Whether the representation of a mixture is the mixture of representations."""
     return isinstance(model, HistNetQ) or (
         isinstance(model, DeepSets) and model.aggregation in ("mean", ("mean",))
     )
 
 
-def _bags_or_mixtures(
-    model: nn.Module, inputs: jax.Array, weights: jax.Array | None, *, train: bool
-) -> jax.Array:
-    """Prevalences of the bags or, with weights, of their mixtures."""
-    representation = model.aggregate(model.encode(inputs, train=train))
-    if weights is not None:
-        representation = weights @ representation  # [mixed bag, r]
+def _bags_or_mixtures(model: nn.Module, batch: Mapping, *, train: bool) -> jax.Array:
+    """Prevalences of the bags of a batch or, where it says how, of their mixtures."""
+    features = model.encode(batch["inputs"], train=train)  # [bag, element, f]
+    if "elements" in batch:
+        features = features[:, 0][batch["elements"]]  # [mixed bag, element, f]
+    representation = model.aggregate(features)
+    if "weights" in batch:
+        representation = batch["weights"] @ representation  # [mixed bag, r]
     return model.decode(representation, train=train)

@@ -94,7 +94,7 @@ def update(
     one = jnp.float32(1)
     measured = measured | {
         "learning_rate": (jnp.asarray(rate * scale, jnp.float32), one),
-        "gradient_norm": (optax.global_norm(grads), one),
+        "gradient_norm": (optax.tree.norm(grads), one),
     }
     return TrainState(
         params=params,
