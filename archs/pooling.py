@@ -161,17 +161,52 @@ def _unless_empty(y: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Arr
     return jnp.where(_any(x, mask), y, 0)
 
 
+def _ordered_bits(x: jax.Array) -> jax.Array:
+    """Unsigned integers in the order of the floating-point numbers x."""
+    bits = jnp.finfo(x.dtype).bits
+    unsigned = jnp.dtype(f"uint{bits}")
+    raw = jax.lax.bitcast_convert_type(x + 0, unsigned)  # -0 + 0 = 0
+    top = unsigned.type(1 << (bits - 1))
+    return jnp.where(raw & top, ~raw, raw | top)
+
+
+def _order_statistic(keys: jax.Array, rank: jax.Array) -> jax.Array:
+    """The element of a rank (0: the smallest) along the axis before the last.
+
+    The answer is built bit by bit, by counting what is smaller; on CPUs this is about
+    ten times faster than sorting, and it is exact.
+
+    Args:
+      keys: unsigned integers [..., element, f].
+      rank: int [..., 1, 1].
+
+    Returns:
+      [..., 1, f].
+    """
+    bits = jnp.iinfo(keys.dtype).bits
+
+    def set_bit(i: jax.Array, answer: jax.Array) -> jax.Array:
+        candidate = answer | (keys.dtype.type(1) << (bits - 1 - i).astype(keys.dtype))
+        smaller = jnp.sum(keys < candidate, axis=-2, keepdims=True, dtype=jnp.int32)
+        return jnp.where(smaller <= rank, candidate, answer)
+
+    start = jnp.zeros_like(keys[..., :1, :])
+    return jax.lax.fori_loop(0, bits, set_bit, start)
+
+
 def _middle(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """The lower and the upper of the middle elements per feature, each [..., f]."""
-    filled = jnp.where(_real(x, mask), x, jnp.inf)
-    # Sorting indices, then taking two rows of x: the backward pass is a scatter of two
-    # rows instead of a gather of all.
-    order = jnp.argsort(jax.lax.stop_gradient(filled), axis=-2)
-    count = _count(x, mask)[..., None, :]  # [..., 1, 1]
+    if not x.shape[-2]:
+        nothing = jnp.zeros((*x.shape[:-2], x.shape[-1]), x.dtype)
+        return nothing, nothing
+    keys = _ordered_bits(jax.lax.stop_gradient(x))
+    # Padding sorts last; a NaN among real elements sorts after the infinities.
+    keys = jnp.where(_real(x, mask), keys, ~keys.dtype.type(0))
+    count = _count(x, mask)[..., None, :].astype(jnp.int32)  # [..., 1, 1]
 
     def at(rank: jax.Array) -> jax.Array:
-        rank = jnp.broadcast_to(rank, (*x.shape[:-2], 1, x.shape[-1]))
-        index = jnp.take_along_axis(order, rank, axis=-2)
+        chosen = _order_statistic(keys, rank)
+        index = jnp.argmax(keys == chosen, axis=-2, keepdims=True)
         row = jnp.squeeze(jnp.take_along_axis(x, index, axis=-2), -2)
         return _unless_empty(row, x, mask)
 

@@ -52,6 +52,8 @@ class Checkpoints:
             preservation_policy=preservation,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            # Else threads wait minutes for a directory that could not be made.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._open()
 
@@ -70,7 +72,8 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the smallest measure, the latest if none was measured."""
-        return self._manager.best_step()
+        best = self._manager.best_step()
+        return self._manager.latest_step() if best is None else best
 
     def save(
         self, step: int, state: Any, progress: Mapping, measure: float | None
@@ -114,8 +117,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the save in the background and frees the threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     def restore(self, step: int, template: Any) -> tuple[Any, dict]:
         """The state and the progress of one checkpoint.
