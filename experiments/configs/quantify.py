@@ -37,8 +37,8 @@ def get_config(variant: str = "histnetq_digits") -> ConfigDict:
     if dataset in IMAGES:
         encoder = dict(name="CNN", channels=(16, 32), features=256)
         head = dict(name="PrevalenceHead", hidden_sizes=(512,))
-        config.training = dict(num_steps=1500, steps_per_call=10, eval_every=250)
-        config.training.log_every = 50
+        config.task.num_bags = 128
+        config.training = dict(num_steps=2500, steps_per_call=10, eval_every=500)
     else:
         encoder = dict(
             name="MLP", hidden_sizes=(512, 512), features=64, dropout_rate=0.3

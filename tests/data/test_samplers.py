@@ -312,3 +312,35 @@ def test_impossible_bags_are_refused(shape, bag_size, replace, message):
     table = samplers.class_table(LABELS, 4)
     with pytest.raises(ValueError, match=message):
         draw_bags(KEY, table, jnp.ones(shape) / 4, bag_size, replace=replace)
+
+
+# Mixtures.
+
+
+def test_mixtures_of_single_examples_have_the_prevalences_aimed_at():
+    labels = jnp.asarray(LABELS[:64])
+    bags = jax.nn.one_hot(labels, 4)
+    targets = samplers.draw_prevalences(KEY, 2000, 4)
+    weights = samplers.mixture_weights(jax.random.key(1), bags, targets)
+    assert weights.shape == (2000, 64)
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
+    assert (weights >= 0).all()
+    mixed = weights @ bags
+    # Within a class the weights are random, so the prevalences scatter around the aim.
+    np.testing.assert_allclose(mixed.mean(0), targets.mean(0), atol=0.03)
+    for k in range(4):
+        assert np.corrcoef(mixed[:, k], targets[:, k])[0, 1] > 0.8
+
+
+def test_mixtures_of_a_class_that_is_absent_are_still_weights():
+    bags = jnp.tile(jnp.array([[1.0, 0.0]]), (5, 1))
+    weights = samplers.mixture_weights(KEY, bags, jnp.array([[0.0, 1.0]]))
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-5)
+    assert (weights > 0).all()
+
+
+def test_mixtures_differ_from_one_another():
+    bags = jax.nn.one_hot(jnp.arange(6) % 2, 2)
+    targets = jnp.full((2, 2), 0.5)
+    first, second = samplers.mixture_weights(KEY, bags, targets)
+    assert (jnp.abs(first - second) > 1e-3).any()

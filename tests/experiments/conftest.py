@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 import data
 from experiments import config as configs
@@ -220,7 +222,7 @@ def vectors():
 
     def split(size):
         labels = np.arange(size) % 3
-        noise = rng.normal(size=(size, 2)).astype(np.float32)
+        noise = 0.6 * rng.normal(size=(size, 2)).astype(np.float32)
         return {"inputs": centres[labels] + noise, "labels": labels.astype(np.int32)}
 
     splits = {"train": split(90), "validation": split(30), "test": split(45)}
@@ -236,3 +238,21 @@ def vectors():
         homepage="",
     )
     return data.Dataset(spec, splits, np.float32(0.5), np.float32(2))
+
+
+def scalars(workdir):
+    """(step, name, value) of all scalars, read as the TFRecord files they are."""
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        stream = path.read_bytes()
+        while stream:
+            (length,) = struct.unpack("<Q", stream[:8])
+            event = event_pb2.Event.FromString(stream[12 : 12 + length])
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            stream = stream[12 + length + 4 :]
+    return found
+
+
+@pytest.fixture(scope="session")
+def events():
+    return scalars

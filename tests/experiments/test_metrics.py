@@ -1,6 +1,5 @@
 import json
 import math
-import struct
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tensorboardX.proto import event_pb2
 
 from experiments import metrics
 
@@ -77,20 +75,7 @@ def test_the_first_nonfinite_step_and_metric_are_found():
     assert metrics.first_nonfinite({"p": pair})[:2] == (3, "p")
 
 
-def events(workdir):
-    """(step, name, value) of all scalars, read as the TFRecord files they are."""
-    found = []
-    for path in sorted((workdir / "tensorboard").iterdir()):
-        stream = path.read_bytes()
-        while stream:
-            (length,) = struct.unpack("<Q", stream[:8])
-            event = event_pb2.Event.FromString(stream[12 : 12 + length])
-            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
-            stream = stream[12 + length + 4 :]
-    return found
-
-
-def test_rows_and_events_hold_the_same(tmp_path):
+def test_rows_and_events_hold_the_same(tmp_path, events):
     writer = metrics.MetricsWriter(tmp_path)
     writer.write(1, "train", {"loss": 0.5, "accuracy": 0.25})
     writer.write_event(1, "steps_per_second", 3.0)

@@ -1,0 +1,420 @@
+import dataclasses
+import io
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import archs
+from archs import quantification as measures_of
+from experiments import baselines, loop, metrics
+from experiments.optimizers import Optimizer
+from experiments.progress import Progress
+from experiments.tasks import Quantification, quantification_report
+
+TRAINING = loop.Training(num_steps=200, steps_per_call=20, log_every=20, eval_every=100)
+ENCODER = archs.MLP((8,), 4, 0.1)
+HEAD = archs.PrevalenceHead((8,), 3)
+
+
+def histnetq(dtype=None, **fields):
+    return archs.HistNetQ(
+        archs.MLP((8,), 4, dtype=dtype, **fields),
+        archs.LinearHistogram(4),
+        archs.PrevalenceHead((8,), 3, dtype=dtype),
+    )
+
+
+def deepsets(aggregation="mean"):
+    return archs.DeepSets(ENCODER, HEAD, aggregation)
+
+
+def quantification(dataset, model=None, **fields):
+    fields = {"num_bags": 6, "bag_size": 12, "validation_bags": 25} | fields
+    fields = {"test_bags": 30, "baselines": False} | fields
+    optimizer = Optimizer(name="adam", learning_rate=0.05)
+    return Quantification(model or histnetq(), dataset, optimizer, TRAINING, **fields)
+
+
+def first_state(task, seed=0):
+    inputs = jnp.zeros((task.num_bags, task.bag_size, 2))
+    return jax.jit(task.init)(jax.random.key(seed), {"inputs": inputs})
+
+
+def first_batch(task):
+    """The first of training."""
+    return jax.jit(task.sample)(jax.random.key(1), 0, task.arrays)
+
+
+def any_batch():
+    """One that no data is drawn for."""
+    rng = np.random.default_rng(0)
+    return {
+        "inputs": jnp.asarray(rng.normal(1, 2, size=(6, 12, 2)), jnp.float32),
+        "prevalence": jnp.asarray(rng.dirichlet(np.ones(3), 6), jnp.float32),
+    }
+
+
+def normalised(dataset, split):
+    return (dataset.splits[split]["inputs"] - dataset.shift) / dataset.scale
+
+
+@pytest.fixture(scope="module")
+def trained(vectors, tmp_path_factory):
+    task = quantification(vectors, mixed_bags=5)
+    workdir = tmp_path_factory.mktemp("quantification")
+    progress = Progress(200, io.StringIO())
+    return task, loop.train(task, TRAINING, workdir, 0, progress), workdir
+
+
+# Bags.
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_evaluation_bags_are_the_same_for_every_model_and_seed(vectors, split):
+    def bags(model, seed):
+        task = quantification(vectors, model)
+        return task.evaluation_bags(first_state(task, seed), split)
+
+    indices, true, estimate = bags(histnetq(), 0)
+    for model, seed in ((histnetq(), 1), (deepsets("max"), 0)):
+        other_indices, other_true, other_estimate = bags(model, seed)
+        np.testing.assert_array_equal(indices, other_indices)
+        np.testing.assert_array_equal(true, other_true)
+        assert (estimate != other_estimate).any()
+
+
+def test_validation_and_test_have_bags_of_their_own(vectors):
+    task = quantification(vectors, test_bags=25)
+    state = first_state(task)
+    validation, test = (
+        task.evaluation_bags(state, split)[1] for split in ("validation", "test")
+    )
+    assert (validation != test).any()
+
+
+@pytest.mark.parametrize("size", [None, 7])
+def test_the_label_of_a_bag_is_the_prevalence_of_its_examples(vectors, size):
+    task = quantification(vectors, evaluation_bag_size=size)
+    indices, true, estimate = task.evaluation_bags(first_state(task), "test")
+    assert indices.shape == (30, size or 12)
+    assert true.shape == estimate.shape == (30, 3)
+    labels = vectors.splits["test"]["labels"][indices]
+    counted = np.stack([(labels == k).mean(1) for k in range(3)], axis=1)
+    np.testing.assert_allclose(true, counted, atol=1e-6)
+    assert len(np.unique(true, axis=0)) > 10
+
+
+@pytest.mark.parametrize("protocol", ["uniform", "dirichlet", "natural", "grid"])
+def test_training_bags_are_labelled_by_their_examples(vectors, protocol):
+    # The class is the feature, so that the label can be read from the inputs.
+    splits = {
+        name: {"inputs": split["labels"][:, None].astype(np.float32), **split}
+        | {"inputs": split["labels"][:, None].astype(np.float32)}
+        for name, split in vectors.splits.items()
+    }
+    spec = dataclasses.replace(vectors.spec, feature_shape=(1,))
+    dataset = dataclasses.replace(
+        vectors, spec=spec, splits=splits, shift=np.float32(0), scale=np.float32(1)
+    )
+    task = quantification(dataset, protocol=protocol, grid_points=5)
+    sample = jax.jit(task.sample)
+    first = sample(jax.random.key(0), 0, task.arrays)
+    again = sample(jax.random.key(0), 0, task.arrays)
+    later = sample(jax.random.key(0), 1, task.arrays)
+    assert first["inputs"].shape == (6, 12, 1)
+    counted = np.stack([(first["inputs"] == k).mean((1, 2)) for k in range(3)], axis=1)
+    np.testing.assert_allclose(first["prevalence"], counted, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert (first["inputs"] != later["inputs"]).any()
+
+
+# Mixing.
+
+
+@pytest.mark.parametrize("model", [histnetq(), deepsets()], ids=["HistNetQ", "mean"])
+def test_a_mixture_is_the_bag_of_its_bags(vectors, model):
+    task = quantification(vectors, model, mixed_bags=5)
+    state = first_state(task)
+    batch = first_batch(task)
+    assert batch["weights"].shape == (5, 6)
+    np.testing.assert_allclose(batch["weights"].sum(1), 1, rtol=1e-5)
+    encode = jax.jit(lambda x: model.apply(state.variables, x, method="encode"))
+
+    def representation(features):
+        return model.apply(state.variables, features, method="aggregate")
+
+    features = encode(batch["inputs"])  # [bag, element, f]
+    # Bags of equal size, mixed with weights in whole numbers: those bags repeated.
+    counts = np.array([[1, 0, 2, 0, 0, 1], [0, 3, 0, 0, 1, 0]])
+    weights = counts / counts.sum(1, keepdims=True)
+    mixed = weights @ representation(features)
+    bags = np.stack(
+        [np.concatenate(np.repeat(features, row, axis=0)) for row in counts]
+    )
+    np.testing.assert_allclose(mixed, representation(jnp.asarray(bags)), atol=1e-6)
+
+
+def test_a_mixture_has_the_prevalence_of_its_bags(vectors):
+    mixed = first_batch(quantification(vectors, mixed_bags=5))
+    bags = first_batch(quantification(vectors))
+    np.testing.assert_array_equal(mixed["inputs"], bags["inputs"])
+    np.testing.assert_allclose(
+        mixed["prevalence"], mixed["weights"] @ bags["prevalence"], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("aggregation", ["max", "median", "std", ("mean", "max")])
+def test_mixing_bags_is_refused_where_it_is_not_exact(vectors, aggregation):
+    with pytest.raises(ValueError, match="mixed_bags: .* poolings that are linear"):
+        quantification(vectors, deepsets(aggregation), mixed_bags=5)
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "max"])
+def test_mixtures_of_single_examples_serve_every_pooling(vectors, aggregation):
+    task = quantification(
+        vectors,
+        deepsets(aggregation),
+        num_bags=40,
+        bag_size=1,
+        mixed_bags=5,
+        evaluation_bag_size=9,
+    )
+    state = first_state(task)
+    batch = first_batch(task)
+    assert batch["inputs"].shape == (40, 1, 2)
+    assert batch["prevalence"].shape == (5, 3)
+    if aggregation == "max":
+        assert batch["elements"].shape == (5, 9)
+        np.testing.assert_allclose(
+            batch["prevalence"] * 9, np.round(batch["prevalence"] * 9), atol=1e-5
+        )
+    after, row = jax.jit(task.train_step)(state, batch, jax.random.key(2))
+    assert np.isfinite(row["absolute_error"][0]) and row["absolute_error"][1] == 5
+    assert any(
+        (a != b).any()
+        for a, b in zip(
+            jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True
+        )
+    )
+
+
+# Training and evaluation.
+
+
+def test_it_learns(trained):
+    task, state, workdir = trained
+    rows = metrics.read_rows(workdir)
+    validation = [row for row in rows if row["split"] == "validation"]
+    assert list(validation[0]) == [
+        "step",
+        "split",
+        *sorted(["absolute_error", "relative_absolute_error"]),
+    ]
+    untrained = loop.compile_evaluation(task)(first_state(task), "test")
+    found = loop.compile_evaluation(task)(state, "test")
+    assert found["absolute_error"] < 0.8 * untrained["absolute_error"]
+
+
+def test_evaluation_measures_the_model_on_its_bags(trained):
+    task, state, _ = trained
+    indices, true, estimate = task.evaluation_bags(state, "test")
+    inputs = normalised(task.dataset, "test")[indices]
+    direct = task.model.apply(state.variables, jnp.asarray(inputs))
+    np.testing.assert_allclose(estimate, direct, atol=1e-5)
+    np.testing.assert_allclose(estimate.sum(1), 1, rtol=1e-5)
+    smoothed = [(p + 1 / 24) / (1 + 3 / 24) for p in (true, np.asarray(direct))]
+    expected = {
+        "absolute_error": np.abs(true - direct).mean(),
+        "relative_absolute_error": (
+            np.abs(smoothed[0] - smoothed[1]) / smoothed[0]
+        ).mean(),
+    }
+    found = loop.compile_evaluation(task)(state, "test")
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "absolute_error",
+        "squared_error",
+        "relative_absolute_error",
+        "kl_divergence",
+        "match_distance",
+    ],
+)
+def test_every_loss_trains(vectors, name):
+    task = quantification(vectors, loss=name, measures=())
+    assert task.monitor == name
+    state, batch = first_state(task), any_batch()
+    step = jax.jit(
+        lambda state, number: task.train_step(
+            state,
+            batch,
+            jax.random.fold_in(jax.random.key(2), number),
+        )
+    )
+    losses = []
+    for number in range(40):
+        state, row = step(state, number)
+        losses.append(row[name][0] / row[name][1])
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_bfloat16_computes_in_it_and_answers_in_float32(vectors):
+    task = quantification(vectors, histnetq(jnp.bfloat16))
+    state = first_state(task)
+    batch = any_batch()
+    key = jax.random.key(2)
+    assert "bf16[72,8] = dot_general" in str(
+        jax.make_jaxpr(task.train_step)(state, batch, key)
+    )
+    after, row = jax.jit(task.train_step)(state, batch, key)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves((after.params, row))}
+    assert kinds == {jnp.dtype("float32")}
+    _, true, estimate = task.evaluation_bags(after, "test")
+    assert true.dtype == estimate.dtype == np.float32
+    exact = quantification(vectors).evaluation_bags(after, "test")[2]
+    np.testing.assert_allclose(estimate, exact, atol=0.02)
+    assert (estimate != exact).any()
+
+
+class Centred(nn.Module):
+    """An encoder with a state of its own."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        return nn.Dense(4)(x)
+
+
+def test_batch_statistics_train(vectors):
+    model = archs.HistNetQ(Centred(), archs.LinearHistogram(4), HEAD)
+    task = quantification(vectors, model)
+    state = first_state(task)
+    batch = any_batch()
+    after, _ = jax.jit(task.train_step)(state, batch, jax.random.key(2))
+    (stats,) = after.model_state["batch_stats"]["encoder"].values()
+    np.testing.assert_allclose(
+        stats["mean"], 0.5 * batch["inputs"].mean((0, 1)), atol=1e-5
+    )
+    before = loop.compile_evaluation(task)(state, "validation")
+    moved = state.replace(model_state=after.model_state)
+    assert loop.compile_evaluation(task)(moved, "validation") != before
+
+
+# Contracts.
+
+
+class Ordered(archs.DeepSets):
+    """Weighs an element by its place: no set network."""
+
+    def aggregate(self, features, mask=None):
+        place = jnp.arange(features.shape[1])[:, None]
+        mask = 1 if mask is None else mask[..., None]
+        return (place * features * mask).mean(1)
+
+
+class Padded(archs.DeepSets):
+    """Averages over padding too."""
+
+    def aggregate(self, features, mask=None):
+        return features.mean(1)
+
+
+def test_set_networks_keep_their_contracts(vectors):
+    for model in (histnetq(), deepsets(), deepsets(("max", "std"))):
+        task = quantification(vectors, model)
+        batch = any_batch()
+        task.check_contracts(first_state(task), batch)
+
+
+@pytest.mark.parametrize(("model", "name"), [(Ordered, "permutation"), (Padded, "pad")])
+@pytest.mark.parametrize("bag_size", [1, 12])
+def test_a_model_that_breaks_a_contract_is_found(vectors, model, name, bag_size):
+    task = quantification(vectors, model(ENCODER, HEAD), num_bags=24, bag_size=bag_size)
+    inputs = any_batch()["inputs"].reshape(-1, bag_size, 2)
+    with pytest.raises(AssertionError, match=name):
+        task.check_contracts(first_state(task), {"inputs": inputs})
+
+
+def test_what_is_no_set_network_is_refused(vectors):
+    with pytest.raises(ValueError, match="MLP is no set network"):
+        quantification(vectors, archs.MLP((), 3))
+
+
+# Beside the model.
+
+
+@pytest.fixture(scope="module")
+def posteriors(vectors, tmp_path_factory):
+    return baselines.train_classifier(
+        ENCODER,
+        vectors,
+        tmp_path_factory.mktemp("classifier"),
+        1000,
+        0,
+        Progress(1000, io.StringIO()),
+    )
+
+
+def test_baselines_count_what_the_classifier_says(vectors, posteriors):
+    assert posteriors.accuracy > 0.75
+    task = quantification(vectors, test_bags=60)
+    indices, true, _ = task.evaluation_bags(first_state(task), "test")
+    found = baselines.estimates(posteriors, vectors, indices)
+    bags = posteriors.test[indices]  # [bag, element, K]
+    counts = np.eye(3)[bags.argmax(-1)].mean(1)
+    np.testing.assert_allclose(found["CC"], counts, atol=1e-5)
+    np.testing.assert_allclose(found["PCC"], bags.mean(1), atol=1e-5)
+    labels = vectors.splits["validation"]["labels"]
+    # confusion[k, j]: how often an example of class j is called k.
+    for name, votes, counted in (
+        ("ACC", np.eye(3)[posteriors.validation.argmax(-1)], counts),
+        ("PACC", posteriors.validation, bags.mean(1)),
+    ):
+        confusion = np.stack([votes[labels == j].mean(0) for j in range(3)], axis=1)
+        solved = counted @ np.linalg.inv(confusion).T
+        inside = (solved >= 0).all(1)
+        assert inside.sum() > 5
+        np.testing.assert_allclose(found[name][inside], solved[inside], atol=2e-3)
+    for estimate in found.values():
+        assert estimate.shape == (60, 3)
+        np.testing.assert_allclose(estimate.sum(1), 1, rtol=1e-4)
+        assert (estimate >= -1e-6).all()
+        assert np.abs(estimate - true).mean() < 0.15
+    again = measures_of.expectation_maximization(jnp.asarray(bags), jnp.full(3, 1 / 3))
+    np.testing.assert_allclose(found["EMQ"], again, atol=1e-4)
+
+
+def test_baselines_are_reused(vectors, tmp_path):
+    def train():
+        progress = Progress(40, io.StringIO())
+        found = baselines.train_classifier(ENCODER, vectors, tmp_path, 40, 0, progress)
+        return found, progress._stream.getvalue()
+
+    first, shown = train()
+    again, shown_again = train()
+    assert "validation" in shown and "validation" not in shown_again
+    np.testing.assert_array_equal(first.test, again.test)
+
+
+def test_the_report_sets_them_side_by_side(vectors, tmp_path):
+    task = quantification(vectors, baselines=True, baseline_steps=40)
+    state = first_state(task)
+    sections = task.report(state, tmp_path, 0)
+    rows = {row["method"]: row for row in sections[0].table}
+    assert set(rows) == {"HistNetQ", "CC", "PCC", "ACC", "PACC", "EMQ"}
+    saved = np.load(tmp_path / "test_bags.npz")
+    _, true, estimate = task.evaluation_bags(state, "test")
+    np.testing.assert_array_equal(saved["true"], true)
+    np.testing.assert_allclose(saved["HistNetQ"], estimate, atol=1e-6)
+    error = np.abs(true - estimate).mean(1)
+    shown = rows["HistNetQ"]["absolute error"]
+    assert shown == f"{error.mean():.4f} ± {error.std():.4f}"
+    histograms = quantification_report.class_histograms(task, state)
+    assert histograms.shape == (3, 4, 4)
+    np.testing.assert_allclose(histograms.sum(-1), 1, rtol=1e-4)
