@@ -56,7 +56,7 @@ def overrides_of(row: str, dataset: str) -> dict:
     """What a row changes in its variant's config on a dataset.
 
     "As drawn" learns from bags as they are drawn instead of mixtures of examples.
-    Images: as many examples are encoded as with mixtures (320 steps of 2 bags of 500);
+    Images: as many examples are encoded as with mixtures (200 steps of 2 bags of 500);
     otherwise about four times as many (2,000 steps of 20 bags of 100). Max and median
     of images learn from 16 mixtures a step instead of 64: theirs cost more than a
     product of matrices.
@@ -68,9 +68,9 @@ def overrides_of(row: str, dataset: str) -> dict:
             "config.task.num_bags": 2 if images else 20,
             "config.task.bag_size": 500 if images else 100,
             "config.task.mixed_bags": 0,
-            "config.training.num_steps": 320 if images else 2000,
-            "config.training.eval_every": 80 if images else 500,
-            "config.training.log_every": 40 if images else 500,
+            "config.training.num_steps": 200 if images else 2000,
+            "config.training.eval_every": 50 if images else 500,
+            "config.training.log_every": 50 if images else 500,
         }
     elif overrides.get("config.model.aggregation") in ("max", "median"):
         overrides["config.task.mixed_bags"] = 16 if dataset in IMAGES else 64

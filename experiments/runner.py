@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -46,11 +47,11 @@ def main(argv: Sequence[str]) -> int:
       argv: the arguments after the program's name.
     """
     warnings.showwarning = _show_warning
-    # Orbax tells of a damaged checkpoint in tracebacks of its background tasks; the
-    # run tells of it in a sentence.
+    # Background tasks of orbax and tensorboardX tell of damage and of a full disk in
+    # tracebacks; the run tells of it in a sentence.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda unraisable: None
+    sys.unraisablehook = threading.excepthook = lambda hidden: None
     try:
         _run(argv)
     except (UserError, data.DataError) as error:

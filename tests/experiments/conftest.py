@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import jax
@@ -18,7 +18,6 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 import data
-from experiments import config as configs
 from experiments import loop, runner
 from experiments.checkpoints import Checkpoints
 
@@ -62,9 +61,10 @@ TINY = textwrap.dedent(
 
 
 @pytest.fixture(autouse=True)
-def _own_unraisable_hook(monkeypatch):
-    # `main` sets it for its process.
+def _own_hooks(monkeypatch):
+    # `main` sets them for its process.
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
 
 
 @pytest.fixture(scope="session")
@@ -179,27 +179,15 @@ def bits(tree):
     return {jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in leaves}
 
 
-def build(workdir):
-    """The task of a run, and its seed."""
-    raw = json.loads((Path(workdir) / "config.json").read_text())
-    config = configs.ConfigDict(configs.complete(raw)).lock()
-    return runner._build(config)[1], config.seed
-
-
-@pytest.fixture(scope="session")
-def task_of():
-    return build
-
-
 @pytest.fixture(scope="session")
 def same_end():
     """Checks that two runs ended alike, bit for bit."""
 
     def last(workdir):
-        task, seed = build(workdir)
+        task, config = runner.load_run(Path(workdir))
         checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
         step = checkpoints.steps()[-1]
-        state, notes = checkpoints.restore(step, loop.state_template(task, seed))
+        state, notes = checkpoints.restore(step, loop.state_template(task, config.seed))
         best = checkpoints.best_step()
         checkpoints.close()
         return step, best, notes, bits(state)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -42,7 +41,7 @@ def checkpoint_steps(workdir):
 # A run.
 
 
-def test_the_workdir_tells_all(finished, task_of):
+def test_the_workdir_tells_all(finished):
     files = {path.name for path in finished.iterdir()}
     assert files == {
         ".lock",
@@ -109,10 +108,10 @@ def test_the_seed_decides(main, tiny, finished, tmp_path, same_end):
     same_end(tmp_path / "same", finished)
     assert outcome.out.startswith("test (2 batches, checkpoint of step ")
     assert "Report: " in outcome.out
-    flags = ["--config.seed=1", "--config.check_contracts=False"]
+    flags = ["--config.seed=1", "--config.training.num_steps=10"]
     outcome = main(f"--config={tiny}", f"--workdir={tmp_path / 'other'}", *flags)
     assert outcome.code == 0
-    assert rows_of(tmp_path / "other") != rows_of(finished)
+    assert rows_of(tmp_path / "other")[0] != rows_of(finished)[0]
 
 
 def test_steps_per_call_change_nothing_but_rounding(main, tiny, finished, tmp_path):
@@ -219,7 +218,7 @@ def test_a_terminated_run_is_saved_and_resumes(
 def test_a_run_terminated_while_it_evaluates_resumes(
     main, start, tiny, tmp_path, same_end
 ):
-    flags = [f"--config={tiny}", "--config.task.validation_bags=20000"]
+    flags = [f"--config={tiny}", "--config.task.validation_bags=5000"]
     process = start(*flags, f"--workdir={tmp_path / 'terminated'}")
     wait_for(process, tmp_path / "terminated", 10, "train")
     process.terminate()
@@ -282,17 +281,19 @@ def test_without_a_whole_checkpoint_the_run_stops(refused, tiny, finished, copy_
         truncate(largest(workdir / "checkpoints" / str(step)))
     message = refused("--mode=eval", workdir=workdir)
     assert "The best checkpoint, of step" in message and "cannot be read" in message
-    outcome_of_training = refused_in(workdir, tiny)
-    assert "None of the checkpoints in" in outcome_of_training
+    message = refused_in(workdir, tiny)
+    assert "None of the checkpoints in" in message
     kept = sorted(
         int(path.name) for path in (workdir / "damaged_checkpoints").iterdir()
     )
     assert kept == steps
 
 
-def refused_in(workdir, tiny):
+def refused_in(workdir, tiny, limit="true"):
+    """The message of a process that stops, started from a shell with a limit."""
     process = subprocess.run(
-        [sys.executable, "run.py", f"--config={tiny}", f"--workdir={workdir}"],
+        ["sh", "-c", f'{limit} && exec "$@"', "sh", sys.executable, "run.py"]
+        + [f"--config={tiny}", f"--workdir={workdir}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -356,7 +357,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("free", [0, 8, 64])
+@pytest.mark.parametrize("free", [0, 64])
 def test_a_full_disk_harms_nothing(
     main, tiny, finished, copy_of, small_disk, same_end, contents, free
 ):
@@ -377,21 +378,14 @@ def test_a_full_disk_harms_nothing(
 
 
 def test_a_limit_on_file_sizes_harms_nothing(
-    main, start, tiny, finished, copy_of, same_end, contents
+    main, tiny, finished, copy_of, same_end, contents
 ):
     workdir = copy_of(finished, upto=30)
     checkpoints = contents(workdir / "checkpoints")
-    limit = (4096, 4096)
-    process = start(
-        f"--config={tiny}",
-        f"--workdir={workdir}",
-        environment={"JAX_ENABLE_COMPILATION_CACHE": "false"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )
-    _, shown = process.communicate(timeout=100)
-    assert process.returncode == 1
-    assert "Could not write" in shown
-    assert "Traceback" not in shown
+    # In blocks of 512 or 1,024 bytes. The cache of compilations is not the matter here.
+    limit = "export JAX_ENABLE_COMPILATION_CACHE=false; ulimit -f 8"
+    message = refused_in(workdir, tiny, limit)
+    assert "Could not write" in message
     after = contents(workdir / "checkpoints")
     assert {name: after[name] for name in checkpoints} == checkpoints
     assert main(f"--config={tiny}", f"--workdir={workdir}").code == 0
@@ -450,9 +444,8 @@ def test_a_model_that_reads_the_order_is_stopped(refused_run, monkeypatch):
 # Devices and compilations.
 
 
-def test_eight_devices_give_what_one_gives(
-    main, tiny, finished, copy_of, tmp_path, task_of
-):
+@pytest.mark.slow
+def test_eight_devices_give_what_one_gives(main, tiny, finished, copy_of, tmp_path):
     resumed = copy_of(finished, upto=30, name="resumed")
     eight = tmp_path / "eight"
     code = (
@@ -478,6 +471,7 @@ def test_eight_devices_give_what_one_gives(
     assert_close(rows_of(eight), rows_of(finished), 1e-4)
 
 
+@pytest.mark.slow
 def test_programs_are_compiled_once_for_all_runs(start, tiny, tmp_path):
     environment = {
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
