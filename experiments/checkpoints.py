@@ -188,10 +188,13 @@ class Checkpoints:
         )
 
     def _unwritable(self, error: Exception) -> UserError:
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # The operating system's word; in a long message of tensorstore it comes last.
+        text = str(error).rpartition(": ")[2] or type(error).__name__
+        if isinstance(error, OSError):
+            text = error.strerror or text
         kept = [step for step in self.steps() if (self.directory / str(step)).is_dir()]
         return UserError(
-            f"Could not write a checkpoint to {self.directory}: {text[:300]}. "
+            f"Could not write a checkpoint to {self.directory}: {text}. "
             f"Free space or choose another --workdir; checkpoints of steps {kept} are "
             "untouched, and the same command resumes from the last of them."
         )

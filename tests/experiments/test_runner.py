@@ -195,12 +195,11 @@ def test_a_killed_run_resumes_bit_for_bit(
     same_end(workdir, finished)
 
 
-def test_a_terminated_run_is_saved_and_resumes(
-    main, start, tiny, finished, tmp_path, same_end
-):
+def test_a_terminated_run_is_saved_and_resumes(main, start, tiny, tmp_path, same_end):
+    # Long enough for the signal to come in time.
+    flags = [f"--config={tiny}", "--config.training.num_steps=160"]
     workdir = tmp_path / "terminated"
-    flags = [f"--config={tiny}", f"--workdir={workdir}"]
-    process = start(*flags)
+    process = start(*flags, f"--workdir={workdir}")
     wait_for(process, workdir, 5)
     process.terminate()
     _, shown = process.communicate(timeout=60)
@@ -210,9 +209,10 @@ def test_a_terminated_run_is_saved_and_resumes(
     assert last.startswith("SIGTERM: saved step ")
     step = int(last.split("saved step ")[1].split(".")[0])
     assert checkpoint_steps(workdir)[-1] == step
-    outcome = main(*flags)
+    outcome = main(*flags, f"--workdir={workdir}")
     assert f"Resuming from the checkpoint of step {step}." in outcome.err
-    same_end(workdir, finished)
+    assert main(*flags, f"--workdir={tmp_path / 'straight'}").code == 0
+    same_end(workdir, tmp_path / "straight")
 
 
 def test_a_run_terminated_while_it_evaluates_resumes(
@@ -232,7 +232,8 @@ def test_a_run_terminated_while_it_evaluates_resumes(
 
 
 def test_an_interrupt_from_the_keyboard_saves_too(start, tiny, tmp_path):
-    process = start(f"--config={tiny}", f"--workdir={tmp_path / 'w'}")
+    flags = [f"--config={tiny}", "--config.training.num_steps=1000"]
+    process = start(*flags, f"--workdir={tmp_path / 'w'}")
     wait_for(process, tmp_path / "w", 5)
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=60)
@@ -368,8 +369,9 @@ def test_a_full_disk_harms_nothing(
         left = shutil.disk_usage(small_disk).free - free * 1024
         filler.write(b"x" * left)
     message = refused_in(workdir, tiny)
-    assert "Could not write" in message
-    assert "No space left on device" in message
+    (line,) = [line for line in message.splitlines() if line.startswith("run.py: ")]
+    assert "Could not write" in line
+    assert "No space left on device" in line
     after = contents(workdir / "checkpoints")
     assert {name: after[name] for name in checkpoints} == checkpoints
     (small_disk / "filler").unlink()
