@@ -339,7 +339,7 @@ def write_json(path: Path, value) -> None:
 def _train(workdir: Path, config, task: loop.Task, training: loop.Training) -> None:
     initial = partial(loop.initial_state, task, config.seed)
     shapes = jax.eval_shape(initial, task.arrays)
-    print(parameter_table(shapes.params), file=sys.stderr)
+    print(parameter_table(getattr(shapes, "params", shapes)), file=sys.stderr)
     if config.check_contracts and not (workdir / "checkpoints").exists():
         _check_contracts(config, task, initial)
     progress = Progress(training.num_steps)

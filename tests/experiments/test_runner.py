@@ -197,7 +197,7 @@ def test_a_killed_run_resumes_bit_for_bit(
 
 def test_a_terminated_run_is_saved_and_resumes(main, start, tiny, tmp_path, same_end):
     # Long enough for the signal to come in time.
-    flags = [f"--config={tiny}", "--config.training.num_steps=160"]
+    flags = [f"--config={tiny}", "--config.training.num_steps=80"]
     workdir = tmp_path / "terminated"
     process = start(*flags, f"--workdir={workdir}")
     wait_for(process, workdir, 5)
@@ -379,6 +379,7 @@ def test_a_full_disk_harms_nothing(
     same_end(workdir, finished)
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_harms_nothing(
     main, tiny, finished, copy_of, same_end, contents
 ):
