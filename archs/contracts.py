@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,16 +36,24 @@ def check_set(inputs: jax.Array, mask: jax.Array | None) -> None:
       ValueError: an argument has the wrong rank or shape.
       TypeError: an argument has the wrong dtype.
     """
-    if inputs.ndim < 3:
-        raise ValueError(
+    chex.assert_shape(
+        inputs,
+        (None, None, None, ...),
+        custom_message=(
             "inputs must have shape [bag, element, *features] (three axes or more), "
             f"but its shape is {inputs.shape}."
-        )
-    if not jnp.issubdtype(inputs.dtype, jnp.floating):
-        raise TypeError(
+        ),
+        exception_type=ValueError,
+    )
+    chex.assert_type(
+        inputs,
+        float,
+        custom_message=(
             f"inputs must have a floating dtype, but its dtype is {inputs.dtype}; "
             "normalise integers (such as uint8 images) to floats first."
-        )
+        ),
+        exception_type=TypeError,
+    )
     check_mask(mask, inputs.shape[:2])
 
 
@@ -57,16 +66,24 @@ def check_mask(mask: jax.Array | None, shape: tuple[int, ...]) -> None:
     """
     if mask is None:
         return
-    if mask.dtype != jnp.bool_:
-        raise TypeError(
+    chex.assert_type(
+        mask,
+        bool,
+        custom_message=(
             "mask must have dtype bool (True = a real element), but its dtype is "
             f"{mask.dtype}."
-        )
-    if mask.shape != tuple(shape):
-        raise ValueError(
+        ),
+        exception_type=TypeError,
+    )
+    chex.assert_shape(
+        mask,
+        tuple(shape),
+        custom_message=(
             f"mask must have shape {tuple(shape)}, one entry per element of inputs, "
             f"but its shape is {mask.shape}."
-        )
+        ),
+        exception_type=ValueError,
+    )
 
 
 def assert_permutation_invariant(

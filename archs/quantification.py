@@ -13,6 +13,7 @@ prevalences; they are the baselines of any quantifier. `mask [..., element]` is 
 real elements. They are pure functions and compile under `jax.jit` and `jax.vmap`.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -333,8 +334,11 @@ def _votes(posteriors: jax.Array) -> jax.Array:
 
 def _check_prevalences(prevalence: jax.Array, estimate: jax.Array) -> None:
     # Broadcasting [n, K] against [K] would average over the wrong pairs unnoticed.
-    if prevalence.shape != estimate.shape:
-        raise ValueError(
+    chex.assert_equal_shape(
+        [prevalence, estimate],
+        custom_message=(
             "estimate must have the shape of prevalence, "
             f"{prevalence.shape}, but its shape is {estimate.shape}."
-        )
+        ),
+        exception_type=ValueError,
+    )

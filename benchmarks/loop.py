@@ -28,10 +28,6 @@ SHIPPED = [
     ),
     ("histnetq_fashion_mnist", {}),
     ("deepsets_fashion_mnist", {}),
-    (
-        "histnetq_fashion_mnist",
-        {"task.mixed_bags": "0", "task.num_bags": "2", "task.bag_size": "500"},
-    ),
 ]
 
 
