@@ -230,8 +230,7 @@ def _named_section(path: str, section: Any) -> dict:
     if not isinstance(section, Mapping) or "name" not in section:
         raise UserError(f"{path} must be a section with a field `name`.")
     signature = _named(path, section["name"])
-    rest = {key: value for key, value in section.items() if key != "name"}
-    completed = {"name": section["name"]} | _section(path, rest, signature)
+    completed = _section(path, section, {"name": (str, REQUIRED)} | signature)
     for key, value in completed.items():
         if path.startswith("config.model") and isinstance(value, Mapping):
             completed[key] = _named_section(f"{path}.{key}", value)
