@@ -53,7 +53,6 @@ def measure(variant: str, overrides: dict, runs: int) -> dict[str, float]:
     state = jax.jit(partial(loop.initial_state, task, config.seed))(task.arrays)
 
     sample = jax.jit(task.sample)
-    batch = sample(key, first, task.arrays)
 
     def one(arrays, state, step):
         return task.train_step(state, task.sample(key, step, arrays), key)
@@ -71,7 +70,6 @@ def measure(variant: str, overrides: dict, runs: int) -> dict[str, float]:
         state, rows = run_steps(state, task.arrays, first)
         return state, rows
 
-    del batch
     times = {
         "sampling": best(lambda: sample(key, first, task.arrays), 10 * runs),
         "alone": best(lambda: alone(task.arrays, state, first), 4 * runs),

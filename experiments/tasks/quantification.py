@@ -215,8 +215,8 @@ class Quantification:
                 batch["prevalence"] = prevalence[elements].mean(1)
         return batch
 
-    def _inputs(self, split: Mapping, indices: jax.Array) -> jax.Array:
-        """Examples as the model takes them, [*indices.shape, *features]."""
+    def _inputs(self, split: Mapping, indices: jax.Array | slice) -> jax.Array:
+        """The examples `indices` select, as the model takes them."""
         return data.normalize(
             split["inputs"][indices], self.dataset.shift, self.dataset.scale
         )
@@ -280,17 +280,11 @@ class Quantification:
         self, state: supervised.TrainState, split: str, arrays: Mapping
     ) -> tuple[supervised.TrainState, jax.Array]:
         """The state and φ of every example of the split, [n, f], computed once."""
-        inputs = arrays[split]["inputs"]
-
         # Chunks bound the memory; not in a loop, where XLA's CPU backend computes
         # convolutions many times slower.
         features = []
-        for start in range(0, len(inputs), ENCODING_CHUNK):
-            chunk = data.normalize(
-                inputs[start : start + ENCODING_CHUNK],
-                self.dataset.shift,
-                self.dataset.scale,
-            )
+        for start in range(0, len(arrays[split]["inputs"]), ENCODING_CHUNK):
+            chunk = self._inputs(arrays[split], slice(start, start + ENCODING_CHUNK))
             encoded = self.model.apply(state.variables, chunk[:, None], method="encode")
             features.append(encoded[:, 0])
         return state, jnp.concatenate(features)
