@@ -19,7 +19,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .contracts import check_weights, present
 from .encoders import MLP, encode_elements
+from .pooling import merge_aggregates
 
 
 class PrevalenceHead(nn.Module):
@@ -53,8 +55,8 @@ class HistNetQ(nn.Module):
 
     Attributes:
       encoder: φ, the network of one element, [n, *features] -> [n, f].
-      histogram: a module of `histogram`, maps values [bag, element, f] in [0, 1] to
-        [bag, f, num_bins].
+      histogram: a module of `histogram`, called with (values [bag, element, f] in
+        [0, 1], mask, weights); gives [bag, f, num_bins].
       head: maps [bag, f * num_bins] to prevalences, such as `PrevalenceHead`.
     """
 
@@ -70,24 +72,46 @@ class HistNetQ(nn.Module):
         return nn.sigmoid(_wide(features))
 
     def aggregate(
-        self, features: jax.Array, mask: jax.Array | None = None
+        self,
+        features: jax.Array,
+        mask: jax.Array | None = None,
+        weights: jax.Array | None = None,
     ) -> jax.Array:
         """Values [bag, element, f] -> histograms side by side, [bag, f * num_bins]."""
-        histogram = self.histogram(features, mask)  # [bag, f, num_bins]
+        histogram = self.histogram(features, mask, weights)  # [bag, f, num_bins]
         return histogram.reshape(*histogram.shape[:-2], -1)
+
+    def merge(self, representations: jax.Array, totals: jax.Array) -> jax.Array:
+        """The representation of bags from those of their parts: a weighted mean.
+
+        Args:
+          representations: [chunk, bag, r], of parts of each bag.
+          totals: floating [chunk, bag], the number (the sum of weights) of elements of
+            each.
+
+        Returns:
+          [bag, r], exact; zero where all totals are zero.
+        """
+        return merge_aggregates(representations, totals, "mean")
 
     def decode(self, representation: jax.Array, *, train: bool = False) -> jax.Array:
         """Histograms [bag, f * num_bins] -> prevalences [bag, K]."""
         return self.head(representation, train=train)
 
     def __call__(
-        self, inputs: jax.Array, mask: jax.Array | None = None, *, train: bool = False
+        self,
+        inputs: jax.Array,
+        mask: jax.Array | None = None,
+        weights: jax.Array | None = None,
+        *,
+        train: bool = False,
     ) -> jax.Array:
         """Estimates the prevalences of each bag.
 
         Args:
           inputs: floating [bag, element, *features].
           mask: None or bool [bag, element], True = a real element.
+          weights: None or floating [bag, element], multiplicities of the elements.
           train: switches dropout on; needs the rng stream "dropout".
 
         Returns:
@@ -95,10 +119,11 @@ class HistNetQ(nn.Module):
           the prevalences that the head gives to empty histograms.
 
         Raises:
-          ValueError, TypeError: see `contracts.check_set`.
+          ValueError, TypeError: see `contracts.check_set` and `check_weights`.
         """
-        features = self.encode(inputs, mask, train=train)
-        return self.decode(self.aggregate(features, mask), train=train)
+        check_weights(weights, inputs.shape[:2])
+        features = self.encode(inputs, present(mask, weights), train=train)
+        return self.decode(self.aggregate(features, mask, weights), train=train)
 
 
 def _wide(x: jax.Array) -> jax.Array:

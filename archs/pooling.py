@@ -1,86 +1,264 @@
 """Permutation-invariant aggregation: a set of feature vectors becomes one vector.
 
-Every function takes `x [..., element, f]` and a boolean `mask [..., element]` (True = a
-real element; None = all are real) and returns `[..., f]` in x's dtype; half precision
-accumulates in float32. Masked elements, whatever they hold, change neither the result
-nor its gradients. **The aggregate of an empty set is 0**, for all of them.
+Every function takes `x [..., element, f]`, a boolean `mask [..., element]` (True = a
+real element; None = all are real) and floating `weights [..., element]` (None = all are
+1), and returns `[..., f]` in x's dtype; half precision accumulates in float32. Weights
+are multiplicities, zero or positive: an element of weight 2 counts as two equal
+elements, one of weight 0 is not in the set. Elements that are not in the set, whatever
+they hold, change neither the result nor its gradients, and their own gradients are 0.
+**The aggregate of an empty set is 0**, for all of them.
+
+What adds up over parts of a set is put together by `merge_aggregates`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .contracts import check_mask
+from .contracts import check_mask, check_weights, present
+
+Aggregation = str | float | Sequence[str | float] | Callable[..., jax.Array]
 
 
-def sum_pool(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """`sum_i x_i`."""
-    return _sum(x, mask).astype(x.dtype)
+def sum_pool(
+    x: jax.Array, mask: jax.Array | None = None, weights: jax.Array | None = None
+) -> jax.Array:
+    """`sum_i w_i x_i`."""
+    return _sum(x, mask, weights).astype(x.dtype)
 
 
-def mean_pool(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """`1/m sum_i x_i`, where m counts the real elements."""
-    return _mean(x, mask).astype(x.dtype)
+def mean_pool(
+    x: jax.Array, mask: jax.Array | None = None, weights: jax.Array | None = None
+) -> jax.Array:
+    """`1/m sum_i w_i x_i`, where m = sum_i w_i counts the elements of the set."""
+    return _mean(x, mask, weights).astype(x.dtype)
 
 
-def max_pool(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def sqrt_sum_pool(
+    x: jax.Array, mask: jax.Array | None = None, weights: jax.Array | None = None
+) -> jax.Array:
+    """`1/sqrt(m) sum_i w_i x_i`.
+
+    Of centered independent features its variance does not depend on the size m, where
+    that of the sum grows and that of the mean shrinks with m.
+    """
+    root = jnp.sqrt(_at_least_one(x, mask, weights))
+    return (_sum(x, mask, weights) / root).astype(x.dtype)
+
+
+def log_count_pool(
+    x: jax.Array, mask: jax.Array | None = None, weights: jax.Array | None = None
+) -> jax.Array:
+    """`log(1 + m)`, [..., 1]: the size that a mean does not tell."""
+    count = _count(x, mask, weights).astype(_wide_dtype(x))
+    return jnp.broadcast_to(jnp.log1p(count), (*x.shape[:-2], 1)).astype(x.dtype)
+
+
+def max_pool(
+    x: jax.Array, mask: jax.Array | None = None, weights: jax.Array | None = None
+) -> jax.Array:
     """`max_i x_i`; the gradient is shared evenly by elements that tie."""
-    real = _real(x, mask)
-    return _unless_empty(
-        jnp.max(jnp.where(real, x, -jnp.inf), axis=-2, initial=-jnp.inf), x, mask
-    )
+    real = _real(x, present(mask, weights))
+    top = jnp.max(jnp.where(real, x, -jnp.inf), axis=-2, initial=-jnp.inf)
+    return _unless_empty(top, x, mask, weights)
 
 
-def min_pool(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def min_pool(
+    x: jax.Array, mask: jax.Array | None = None, weights: jax.Array | None = None
+) -> jax.Array:
     """`min_i x_i`; the gradient is shared evenly by elements that tie."""
-    real = _real(x, mask)
-    return _unless_empty(
-        jnp.min(jnp.where(real, x, jnp.inf), axis=-2, initial=jnp.inf), x, mask
-    )
+    real = _real(x, present(mask, weights))
+    bottom = jnp.min(jnp.where(real, x, jnp.inf), axis=-2, initial=jnp.inf)
+    return _unless_empty(bottom, x, mask, weights)
 
 
-def median_pool(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def median_pool(
+    x: jax.Array, mask: jax.Array | None = None, weights: jax.Array | None = None
+) -> jax.Array:
     """The median per feature; of an even number of elements the mean of the middle two.
 
-    Among elements that tie, one receives the gradient.
+    Weighted, with C(v) the weight of the elements up to v, it is the mean of the
+    smallest v with C(v) >= m/2 and the smallest with C(v) > m/2. Elements that tie
+    share the gradient evenly.
     """
-    lower, upper = _middle(x, mask)
-    return (lower + upper) / 2
+    lower, upper = _middle_ranks(x, mask, weights)
+    statistic = partial(_order_statistic, x, mask, weights)
+    return (statistic(lower) + statistic(upper)) / 2
 
 
-def lower_median_pool(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def lower_median_pool(
+    x: jax.Array, mask: jax.Array | None = None, weights: jax.Array | None = None
+) -> jax.Array:
     """The median per feature; of an even number of elements the lower middle one.
 
-    This is the median of the published set networks (`torch.median`).
+    This is the median of the published set networks (`torch.median`). Elements that tie
+    share the gradient evenly.
     """
-    return _middle(x, mask)[0]
+    lower, _ = _middle_ranks(x, mask, weights)
+    return _order_statistic(x, mask, weights, lower)
+
+
+def quantile_pool(
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    *,
+    quantile: float = 0.5,
+    bandwidth: float = 0.0,
+) -> jax.Array:
+    """The quantile per feature, with linear interpolation as in `numpy.quantile`.
+
+    The elements, as many times as their weights say, are numbered 0 to m - 1 in
+    ascending order; the quantile q is the value at position q (m - 1). (Weights that
+    sum to one therefore describe a set of one element: give multiplicities.)
+
+    The exact gradient reaches one or two elements of a set. A positive bandwidth h
+    changes the gradient alone: that of an order statistic v is then
+
+        dv/dx_i = w_i K((x_i - v) / s) / sum_j w_j K((x_j - v) / s),    K(z) = e^(-z²/2)
+
+    with s = h times the mean of |x_j - v|. It is the gradient of the quantile of the
+    distribution smoothed by K (by the implicit function theorem), taken at v: the
+    elements near v share what v alone received. It still adds up to one.
+
+    Args:
+      x: [..., element, f].
+      mask: None or bool [..., element].
+      weights: None or floating [..., element].
+      quantile: q, from 0 to 1.
+      bandwidth: h; 0 for the exact gradient, which elements that tie share evenly.
+
+    Returns:
+      [..., f].
+
+    Raises:
+      ValueError: quantile or bandwidth are out of range.
+    """
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile must lie between 0 and 1, but it is {quantile}.")
+    if bandwidth < 0:
+        raise ValueError(f"bandwidth must be 0 or more, but it is {bandwidth}.")
+    count = jax.lax.stop_gradient(_count(x, mask, weights))
+    position = quantile * jnp.maximum(count.astype(_wide_dtype(x)) - 1, 0)
+    rank = jnp.floor(position)
+    share = position - rank
+    statistic = partial(_order_statistic, x, mask, weights, bandwidth=bandwidth)
+    lower = statistic(rank.astype(count.dtype))
+    # At a whole position there may be no next element; and 0 * inf is not a number.
+    upper = statistic(jnp.where(share > 0, rank + 1, rank).astype(count.dtype))
+    between = (1 - share) * lower + share * upper
+    return jnp.where(share > 0, between, lower).astype(x.dtype)
 
 
 def std_pool(
-    x: jax.Array, mask: jax.Array | None = None, *, epsilon: float = 1e-6
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    *,
+    epsilon: float = 1e-6,
 ) -> jax.Array:
-    """`sqrt(1/m sum_i (x_i - mean)^2 + epsilon)`.
+    """`sqrt(1/m sum_i w_i (x_i - mean)^2 + epsilon)`.
 
     The epsilon keeps the gradient finite where all elements are equal; there the result
     is sqrt(epsilon).
     """
-    if mask is not None:
-        x = jnp.where(_real(x, mask), x, 0)
-    deviation = _wide(x) - jnp.expand_dims(_mean(x, mask), -2)
-    std = jnp.sqrt(_mean(deviation**2, mask) + epsilon)
-    return _unless_empty(std, x, mask).astype(x.dtype)
+    real = present(mask, weights)
+    if real is not None:
+        x = jnp.where(_real(x, real), x, 0)
+    deviation = _wide(x) - jnp.expand_dims(_mean(x, mask, weights), -2)
+    std = jnp.sqrt(_mean(deviation**2, mask, weights) + epsilon)
+    return _unless_empty(std, x, mask, weights).astype(x.dtype)
 
 
-def logsumexp_pool(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """`log sum_i exp(x_i)`, a smooth maximum."""
-    wide = jnp.where(_real(x, mask), _wide(x), -jnp.inf)
+def logsumexp_pool(
+    x: jax.Array, mask: jax.Array | None = None, weights: jax.Array | None = None
+) -> jax.Array:
+    """`log sum_i w_i exp(x_i)`, a smooth maximum."""
+    real = present(mask, weights)
+    wide = jnp.where(_real(x, real), _wide(x), -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(wide, axis=-2, keepdims=True, initial=-jnp.inf))
     top = jnp.where(jnp.isfinite(top), top, 0)
-    total = jnp.sum(jnp.exp(wide - top), axis=-2)
+    terms = jnp.exp(wide - top)
+    if weights is not None:
+        terms = terms * _clean_weights(x, mask, weights)
+    total = jnp.sum(terms, axis=-2)
     # The empty set: log(1) = 0, chosen before the logarithm for finite gradients.
-    total = jnp.where(_any(x, mask), total, 1)
+    total = jnp.where(_any(x, real), total, 1)
     return (jnp.log(total) + jnp.squeeze(top, -2)).astype(x.dtype)
+
+
+class Quantiles(nn.Module):
+    """Quantiles side by side whose gradient many elements share: `quantile_pool`.
+
+    Attributes:
+      quantiles: each from 0 to 1; 0.5 is the median.
+      bandwidth: of the gradient's kernel, in mean absolute deviations of a set from its
+        quantile; 0 for the exact gradient.
+    """
+
+    quantiles: Sequence[float] = (0.5,)
+    bandwidth: float = 0.5
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        weights: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps x [..., element, f] to [..., q * f] for q quantiles."""
+        pool = partial(quantile_pool, bandwidth=self.bandwidth)
+        parts = [pool(x, mask, weights, quantile=q) for q in self.quantiles]
+        return jnp.concatenate(parts, axis=-1)
+
+
+class PowerMean(nn.Module):
+    """`(1/m sum_i w_i y_i^p)^(1/p)`, `y = softplus(x) + epsilon`, with p learned.
+
+    The exponent p, one per feature, makes the mean (1), the geometric mean (0), the
+    harmonic mean (-1), and tends to the maximum and the minimum (±infinity). The
+    features are made positive first, for powers to be defined. Computed in logarithms:
+
+        1/p (log sum_i w_i exp(p log y_i) - log m)
+
+    and by its Taylor series in p where p log y hardly varies within the set.
+
+    Attributes:
+      exponent: of all features at the start.
+      epsilon: the smallest feature.
+    """
+
+    exponent: float = 1.0
+    epsilon: float = 1e-6
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        weights: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps x [..., element, f] to [..., f]."""
+        real = present(mask, weights)
+        wide = _wide(x if real is None else jnp.where(_real(x, real), x, 0))
+        log_y = jnp.log(nn.softplus(wide) + self.epsilon)
+        out = _power_mean(log_y, self._exponents(x.shape[-1]), mask, weights)
+        return out.astype(x.dtype)
+
+    def merge(self, representations: jax.Array, totals: jax.Array) -> jax.Array:
+        """Of parts [chunk, ..., f] and their sizes [chunk, ...] makes [..., f]."""
+        parts, totals = _chunks_last(representations, totals)
+        log_y = jnp.log(jnp.where(totals[..., None] > 0, _wide(parts), 1))
+        out = _power_mean(log_y, self._exponents(parts.shape[-1]), None, totals)
+        return out.astype(representations.dtype)
+
+    @nn.compact
+    def _exponents(self, features: int) -> jax.Array:
+        return self.param(
+            "exponent", nn.initializers.constant(self.exponent), (features,)
+        )
 
 
 _POOLS = {
@@ -88,6 +266,8 @@ _POOLS = {
     for pool in (
         sum_pool,
         mean_pool,
+        sqrt_sum_pool,
+        log_count_pool,
         max_pool,
         min_pool,
         median_pool,
@@ -101,7 +281,8 @@ _POOLS = {
 def aggregate(
     x: jax.Array,
     mask: jax.Array | None = None,
-    aggregation: str | Sequence[str] = "mean",
+    aggregation: Aggregation = "mean",
+    weights: jax.Array | None = None,
 ) -> jax.Array:
     """Aggregates by name; several names give several aggregates side by side.
 
@@ -109,56 +290,285 @@ def aggregate(
       x: [..., element, f].
       mask: None or bool [..., element].
       aggregation: a function's name in this module without "_pool" ("sum", "mean",
-        "max", "min", "median", "lower_median", "std", "logsumexp"), or several.
+        "sqrt_sum", "log_count", "max", "min", "median", "lower_median", "std",
+        "logsumexp"), or a number between 0 and 1 for that quantile, or several of
+        these; or a function or module, called with (x, mask, weights).
+      weights: None or floating [..., element], multiplicities.
 
     Returns:
-      [..., f] for one name, [..., a * f] for a sequence of a names.
+      [..., f] for one name, [..., a * f] for a sequence of a names; but "log_count" is
+      a single number, [..., 1].
 
     Raises:
-      ValueError: an unknown name, no name, or a mask of another shape.
-      TypeError: the mask is not boolean.
+      ValueError: an unknown name, no name, or a mask or weights of another shape.
+      TypeError: the mask is not boolean or the weights are not floating.
     """
-    names = (aggregation,) if isinstance(aggregation, str) else tuple(aggregation)
-    unknown = [name for name in names if name not in _POOLS]
-    if unknown or not names:
-        raise ValueError(
-            f"aggregation must name one or more of {', '.join(_POOLS)}, but "
-            f"{aggregation!r} was given."
-        )
     check_mask(mask, x.shape[:-1])
-    return jnp.concatenate([_POOLS[name](x, mask) for name in names], axis=-1)
+    check_weights(weights, x.shape[:-1])
+    if callable(aggregation):
+        return aggregation(x, mask, weights)
+    pools = [
+        _POOLS[name] if isinstance(name, str) else partial(quantile_pool, quantile=name)
+        for name in _names(aggregation)
+    ]
+    return jnp.concatenate([pool(x, mask, weights) for pool in pools], axis=-1)
 
 
-def _real(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """The mask as [..., element, 1]."""
-    if mask is None:
+def merge_aggregates(
+    representations: jax.Array, totals: jax.Array, aggregation: Aggregation = "mean"
+) -> jax.Array:
+    """The aggregate of a set from the aggregates of its parts.
+
+    Args:
+      representations: [chunk, ..., r], what `aggregate` gave for each part of a set.
+      totals: floating [chunk, ...], the number of elements of each part, that is the
+        sum of their weights; a part of 0 elements does not count.
+      aggregation: the one that was used. "sum", "mean", "sqrt_sum", "log_count",
+        "max", "min" and "logsumexp" can be merged, several of them too, and a module
+        that has a method `merge(representations, totals)`.
+
+    Returns:
+      [..., r].
+
+    Raises:
+      ValueError: another aggregation, or totals of another shape.
+      TypeError: the totals are not floating.
+    """
+    check_weights(totals, representations.shape[:-1])
+    if callable(aggregation):
+        if not hasattr(aggregation, "merge"):
+            raise ValueError(_not_mergeable(type(aggregation).__name__))
+        return aggregation.merge(representations, totals)
+    names = _names(aggregation)
+    for name in names:
+        if name not in _MERGES:
+            raise ValueError(_not_mergeable(repr(name)))
+    parts, totals = _chunks_last(representations, totals)
+    num_wide = sum(name != "log_count" for name in names)
+    width = (parts.shape[-1] - names.count("log_count")) // max(num_wide, 1)
+    merged, start = [], 0
+    for name in names:
+        end = start + (1 if name == "log_count" else width)
+        merged.append(_MERGES[name](parts[..., start:end], totals))
+        start = end
+    return jnp.concatenate(merged, axis=-1)
+
+
+def _merge_sqrt_sum(parts: jax.Array, totals: jax.Array) -> jax.Array:
+    sums = _sum(parts, None, jnp.sqrt(totals))
+    return (sums / jnp.sqrt(_at_least_one(parts, None, totals))).astype(parts.dtype)
+
+
+_MERGES = {
+    "sum": lambda parts, totals: sum_pool(parts, totals > 0),
+    "mean": lambda parts, totals: mean_pool(parts, None, totals),
+    "sqrt_sum": _merge_sqrt_sum,
+    "log_count": lambda parts, totals: log_count_pool(parts, None, totals),
+    "max": lambda parts, totals: max_pool(parts, totals > 0),
+    "min": lambda parts, totals: min_pool(parts, totals > 0),
+    "logsumexp": lambda parts, totals: logsumexp_pool(parts, totals > 0),
+}
+
+
+def _not_mergeable(name: str) -> str:
+    return (
+        f"the aggregation {name} of a set does not follow from those of its parts; "
+        f"those that can be merged are {', '.join(_MERGES)}."
+    )
+
+
+def _chunks_last(
+    representations: jax.Array, totals: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return jnp.moveaxis(representations, 0, -2), jnp.moveaxis(totals, 0, -1)
+
+
+def _names(aggregation: str | float | Sequence[str | float]) -> tuple[str | float, ...]:
+    """The names and numbers of an aggregation, checked."""
+    one = isinstance(aggregation, (str, int, float))
+    names = (aggregation,) if one else tuple(aggregation)
+    known = [
+        name in _POOLS if isinstance(name, str) else 0 < name < 1 for name in names
+    ]
+    if not names or not all(known):
+        raise ValueError(
+            f"aggregation must name one or more of {', '.join(_POOLS)}, or be a "
+            f"quantile between 0 and 1, but {aggregation!r} was given."
+        )
+    return names
+
+
+def _real(x: jax.Array, real: jax.Array | None) -> jax.Array:
+    """Which elements are in the set, as [..., element, 1]."""
+    if real is None:
         return jnp.ones((x.shape[-2], 1), bool)
-    return mask[..., None]
+    return real[..., None]
 
 
-def _count(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """The number of real elements, [..., 1]."""
-    return jnp.sum(_real(x, mask), axis=-2, dtype=jnp.int32)
+def _clean_weights(
+    x: jax.Array, mask: jax.Array | None, weights: jax.Array
+) -> jax.Array:
+    """The weights as [..., element, 1], zero at padding."""
+    real = present(mask, weights)
+    return jnp.where(real, weights, 0).astype(_wide_dtype(x))[..., None]
 
 
-def _any(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return _count(x, mask) > 0
+def _count(
+    x: jax.Array, mask: jax.Array | None, weights: jax.Array | None = None
+) -> jax.Array:
+    """The number of elements, [..., 1]: an integer, or floating where weighted."""
+    if weights is None:
+        return jnp.sum(_real(x, mask), axis=-2, dtype=jnp.int32)
+    return jnp.sum(_clean_weights(x, mask, weights), axis=-2)
+
+
+def _at_least_one(
+    x: jax.Array, mask: jax.Array | None, weights: jax.Array | None
+) -> jax.Array:
+    """The number of elements [..., 1] to divide by: one where there are none."""
+    count = _count(x, mask, weights)
+    return jnp.where(count > 0, count, 1)
+
+
+def _any(x: jax.Array, real: jax.Array | None) -> jax.Array:
+    return _count(x, real) > 0
+
+
+def _wide_dtype(x: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_wide_dtype(x))
 
 
-def _sum(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return jnp.sum(_wide(x if mask is None else jnp.where(_real(x, mask), x, 0)), -2)
+def _sum(
+    x: jax.Array, mask: jax.Array | None, weights: jax.Array | None = None
+) -> jax.Array:
+    real = present(mask, weights)
+    wide = _wide(x if real is None else jnp.where(_real(x, real), x, 0))
+    if weights is not None:
+        wide = wide * _clean_weights(x, mask, weights)
+    return jnp.sum(wide, -2)
 
 
-def _mean(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return _sum(x, mask) / jnp.maximum(_count(x, mask), 1)
+def _mean(x: jax.Array, mask: jax.Array | None, weights: jax.Array | None) -> jax.Array:
+    return _sum(x, mask, weights) / _at_least_one(x, mask, weights)
 
 
-def _unless_empty(y: jax.Array, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    return jnp.where(_any(x, mask), y, 0)
+def _unless_empty(
+    y: jax.Array, x: jax.Array, mask: jax.Array | None, weights: jax.Array | None
+) -> jax.Array:
+    return jnp.where(_any(x, present(mask, weights)), y, 0)
+
+
+def _power_mean(
+    log_y: jax.Array,
+    exponent: jax.Array,
+    mask: jax.Array | None,
+    weights: jax.Array | None,
+) -> jax.Array:
+    """`(1/m sum_i w_i y_i^p)^(1/p)` of log y [..., element, f] and p [f]."""
+    center = _mean(log_y, mask, weights)
+    z = log_y - center[..., None, :]
+    real = _real(log_y, present(mask, weights))
+    spread = jnp.max(jnp.where(real, jnp.abs(z), 0), axis=-2, initial=0)
+    # 1/p (logsumexp - log m) loses digits as p z nears 0: there, the cumulants of z.
+    # Each of the two sees harmless numbers where the other is taken.
+    near = jnp.abs(exponent) * spread < 0.1
+    p, small = jnp.where(near, 1, exponent), jnp.where(near[..., None, :], z, 0)
+    count = _at_least_one(log_y, mask, weights)
+    total = logsumexp_pool(p[..., None, :] * z, mask, weights)
+    far = (total - jnp.log(count)) / p
+    second, third, fourth = (_mean(small**k, mask, weights) for k in (2, 3, 4))
+    series = exponent * (
+        second / 2 + exponent * (third / 6 + exponent * (fourth - 3 * second**2) / 24)
+    )
+    out = jnp.exp(center + jnp.where(near, series, far))
+    return _unless_empty(out, log_y, mask, weights)
+
+
+def _middle_ranks(
+    x: jax.Array, mask: jax.Array | None, weights: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The ranks of the lower and the upper of the middle elements, each [..., 1]."""
+    count = jax.lax.stop_gradient(_count(x, mask, weights))
+    if weights is None:
+        return jnp.maximum(count - 1, 0) // 2, count // 2
+    # The weight up to the lower one reaches count/2, that up to the upper exceeds it.
+    return jnp.nextafter(count / 2, jnp.zeros_like(count)), count / 2
+
+
+def _order_statistic(
+    x: jax.Array,
+    mask: jax.Array | None,
+    weights: jax.Array | None,
+    rank: jax.Array,
+    bandwidth: float = 0.0,
+) -> jax.Array:
+    """The smallest element of which more than `rank` elements are no larger, [..., f].
+
+    Without weights, that of rank 0 is the smallest of all. For the bandwidth see
+    `quantile_pool`.
+    """
+    real = present(mask, weights)
+    if real is not None:
+        x = jnp.where(_real(x, real), x, 0)
+    clean = None if weights is None else _clean_weights(x, mask, weights)
+    chosen = _select(x, _real(x, real), clean, rank[..., None, :], bandwidth)
+    return _unless_empty(chosen, x, mask, weights)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _select(
+    x: jax.Array,
+    real: jax.Array,
+    weights: jax.Array | None,
+    rank: jax.Array,
+    bandwidth: float,
+) -> jax.Array:
+    """`_order_statistic` of x [..., element, f] with all else [..., element or 1, 1].
+
+    The answer is built bit by bit, by counting what is smaller; on CPUs this is about
+    ten times faster than sorting, and it is exact.
+    """
+    del bandwidth
+    keys = _ordered_bits(x)
+    # Padding sorts last; a NaN among real elements sorts after the infinities.
+    keys = jnp.where(real, keys, ~keys.dtype.type(0))
+    bits = jnp.iinfo(keys.dtype).bits
+
+    def set_bit(i: jax.Array, answer: jax.Array) -> jax.Array:
+        candidate = answer | (keys.dtype.type(1) << (bits - 1 - i).astype(keys.dtype))
+        smaller = keys < candidate
+        if weights is None:
+            below = jnp.sum(smaller, axis=-2, keepdims=True, dtype=jnp.int32)
+        else:
+            below = jnp.sum(jnp.where(smaller, weights, 0), axis=-2, keepdims=True)
+        return jnp.where(below <= rank, candidate, answer)
+
+    start = jnp.zeros((*x.shape[:-2], 1, x.shape[-1]), keys.dtype)
+    chosen = jax.lax.fori_loop(0, bits, set_bit, start)
+    return jnp.squeeze(_from_ordered_bits(chosen, x.dtype), -2)
+
+
+@_select.defjvp
+def _select_jvp(bandwidth, primals, tangents):
+    x, real, weights, rank = primals
+    value = _select(x, real, weights, rank, bandwidth)
+    at = value[..., None, :]
+    counted = real.astype(_wide_dtype(x)) if weights is None else weights
+    kernel = (x == at).astype(_wide_dtype(x))
+    if bandwidth:
+        distance = jnp.where(real, jnp.abs(_wide(x) - _wide(at)), 0)
+        total = jnp.sum(counted, axis=-2, keepdims=True)
+        deviation = jnp.sum(counted * distance, axis=-2, keepdims=True) / total
+        scale = bandwidth * jnp.where(deviation > 0, deviation, 1)
+        kernel = jnp.exp(-((distance / scale) ** 2) / 2)
+    votes = jnp.where(real, counted * kernel, 0)
+    total = jnp.sum(votes, axis=-2, keepdims=True)
+    share = votes / jnp.where(total > 0, total, 1)
+    return value, jnp.sum(share * _wide(tangents[0]), axis=-2).astype(x.dtype)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
@@ -170,44 +580,8 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
     return jnp.where(raw & top, ~raw, raw | top)
 
 
-def _order_statistic(keys: jax.Array, rank: jax.Array) -> jax.Array:
-    """The element of a rank (0: the smallest) along the axis before the last.
-
-    The answer is built bit by bit, by counting what is smaller; on CPUs this is about
-    ten times faster than sorting, and it is exact.
-
-    Args:
-      keys: unsigned integers [..., element, f].
-      rank: int [..., 1, 1].
-
-    Returns:
-      [..., 1, f].
-    """
-    bits = jnp.iinfo(keys.dtype).bits
-
-    def set_bit(i: jax.Array, answer: jax.Array) -> jax.Array:
-        candidate = answer | (keys.dtype.type(1) << (bits - 1 - i).astype(keys.dtype))
-        smaller = jnp.sum(keys < candidate, axis=-2, keepdims=True, dtype=jnp.int32)
-        return jnp.where(smaller <= rank, candidate, answer)
-
-    start = jnp.zeros_like(keys[..., :1, :])
-    return jax.lax.fori_loop(0, bits, set_bit, start)
-
-
-def _middle(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """The lower and the upper of the middle elements per feature, each [..., f]."""
-    if not x.shape[-2]:
-        nothing = jnp.zeros((*x.shape[:-2], x.shape[-1]), x.dtype)
-        return nothing, nothing
-    keys = _ordered_bits(jax.lax.stop_gradient(x))
-    # Padding sorts last; a NaN among real elements sorts after the infinities.
-    keys = jnp.where(_real(x, mask), keys, ~keys.dtype.type(0))
-    count = _count(x, mask)[..., None, :].astype(jnp.int32)  # [..., 1, 1]
-
-    def at(rank: jax.Array) -> jax.Array:
-        chosen = _order_statistic(keys, rank)
-        index = jnp.argmax(keys == chosen, axis=-2, keepdims=True)
-        row = jnp.squeeze(jnp.take_along_axis(x, index, axis=-2), -2)
-        return _unless_empty(row, x, mask)
-
-    return at(jnp.maximum(count - 1, 0) // 2), at(count // 2)
+def _from_ordered_bits(keys: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The inverse of `_ordered_bits`."""
+    top = keys.dtype.type(1 << (jnp.iinfo(keys.dtype).bits - 1))
+    raw = jnp.where(keys & top, keys ^ top, ~keys)
+    return jax.lax.bitcast_convert_type(raw, dtype)

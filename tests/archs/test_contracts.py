@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from archs import contracts
-from archs.pooling import mean_pool
+from archs.pooling import mean_pool, merge_aggregates, std_pool, sum_pool
 
 KEY = jax.random.key(0)
 
@@ -80,6 +80,136 @@ def test_the_mean_keeps_every_contract(dtype, with_mask):
     contracts.assert_padding_invariant(mean, inputs, mask)
     contracts.assert_finite_on_empty_set(mean, inputs)
     contracts.assert_permutation_equivariant(centered, inputs, mask, key=KEY)
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_mean_keeps_the_contracts_of_multisets(dtype, with_mask):
+    inputs, mask = bags(dtype)
+    mask = mask if with_mask else None
+    contracts.assert_batch_independent(mean, inputs, mask)
+    contracts.assert_duplication(mean, inputs, mask)
+    contracts.assert_duplication(lambda x, m: sum_pool(x, m), inputs, mask, factor=2)
+    contracts.assert_weights_are_multiplicities(mean_pool, inputs, mask, key=KEY)
+    contracts.assert_chunk_invariant(mean_pool, merge_aggregates, inputs, mask, key=KEY)
+
+
+def largest_by_first_feature(x, mask):
+    index = jnp.argmax(x[..., :1], axis=1, keepdims=True)
+    return jnp.take_along_axis(x, index, axis=1)[:, 0]
+
+
+def test_an_order_that_only_ties_show_is_seen():
+    inputs, _ = bags()
+    with pytest.raises(AssertionError, match="permutation invariance at ties is viol"):
+        contracts.assert_permutation_invariant(
+            largest_by_first_feature, inputs, key=KEY
+        )
+
+
+def is_sorted(x, mask):
+    return jnp.all(jnp.diff(x[..., 0], axis=1) >= 0, axis=1) * 1.0
+
+
+def test_an_order_that_only_sorted_elements_show_is_seen():
+    inputs = jax.random.normal(KEY, (3, 9, 2))
+    with pytest.raises(AssertionError, match="permutation invariance"):
+        contracts.assert_permutation_invariant(is_sorted, inputs, key=KEY)
+
+
+def test_bags_that_meet_are_seen():
+    inputs, mask = bags()
+    with pytest.raises(AssertionError, match=r"^batch independence is violated: out"):
+        contracts.assert_batch_independent(mixes_bags, inputs, mask)
+
+
+@pytest.mark.parametrize(("pool", "factor"), [(sum_pool, 1.0), (mean_pool, 2.0)])
+def test_duplicates_that_count_otherwise_are_seen(pool, factor):
+    inputs, mask = bags()
+    with pytest.raises(AssertionError, match=rf"duplication \(factor {factor:g}\) is"):
+        contracts.assert_duplication(pool, inputs, mask, factor=factor)
+
+
+def importance_weights(x, mask, weights):
+    # Weights that are normalised by their number instead of their sum.
+    return mean_pool(x if weights is None else x * weights[..., None], mask)
+
+
+def keeps_absent_elements(x, mask, weights):
+    if weights is None:
+        return mean_pool(x, mask)
+    weights = jnp.where(mask, weights, 0)[..., None]
+    total = jnp.maximum(weights.sum(1), 1)
+    return (real(x, mask) * weights).sum(1) / total
+
+
+def ignores_weights(x, mask, weights):
+    return mean_pool(x, mask if weights is None else mask & (weights > 0))
+
+
+def infinite_in_the_weights(x, mask, weights):
+    if weights is None:
+        return sum_pool(x, mask)
+    # The derivative of the square root of zero.
+    root = jnp.sqrt(jnp.where(mask, weights, 0))[..., None]
+    return (jnp.where(root > 0, x, 0) * root**2).sum(1) + 0 * root.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("f", "sentence"),
+    [
+        (ignores_weights, "multiplicity of weights is violated"),
+        (importance_weights, "multiplicity of weights is violated: .* nan"),
+        (keeps_absent_elements, "multiplicity of weights is violated: .* nan"),
+        (infinite_in_the_weights, "gradient of the weights is violated"),
+    ],
+)
+def test_weights_that_are_no_multiplicities_are_seen(f, sentence):
+    inputs, mask = bags()
+    with pytest.raises(AssertionError, match=sentence):
+        contracts.assert_weights_are_multiplicities(f, inputs, mask, key=KEY)
+
+
+def test_chunks_that_do_not_add_up_are_seen():
+    inputs, mask = bags()
+
+    def mean_of_parts(representations, totals):
+        return representations.mean(0)
+
+    for aggregate, merge in (
+        (mean_pool, mean_of_parts),
+        (lambda x, m, w: std_pool(x, m, w), merge_aggregates),
+    ):
+        with pytest.raises(AssertionError, match="chunk invariance is violated"):
+            contracts.assert_chunk_invariant(aggregate, merge, inputs, mask, key=KEY)
+
+
+@pytest.mark.parametrize("worst", [0.3, np.nan])
+def test_an_error_that_grows_with_the_set_is_seen(worst):
+    errors = {10: 0.01, 100: worst, 1000: 0.2}
+    contracts.assert_size_generalization(errors.get, (10,), bound=0.1)
+    with pytest.raises(AssertionError) as error:
+        contracts.assert_size_generalization(errors.get, errors, bound=0.1)
+    assert str(error.value) == (
+        f"size generalization is violated: at set size 100 the error is {worst:.4g}, "
+        "which exceeds the bound 0.1 (sizes tried: 10, 100, 1000)."
+    )
+
+
+@pytest.mark.parametrize(("size", "caught"), [(4, True), (10**6, False)])
+def test_tolerances_grow_with_the_root_of_the_set_size(size, caught):
+    # 1e-4 is no rounding error of a few terms, but may be one of a million.
+    inputs = np.zeros((1, size, 1), np.float32)
+    inputs[0, 0] = 1e-4
+
+    def f(x, mask):
+        return 1 + x[:, 0]
+
+    if caught:
+        with pytest.raises(AssertionError, match="exceeds the tolerance"):
+            contracts.assert_permutation_invariant(f, inputs, key=KEY)
+    else:
+        contracts.assert_permutation_invariant(f, inputs, key=KEY)
 
 
 def test_outputs_may_be_pytrees():
@@ -205,3 +335,25 @@ def test_a_changing_shape_is_seen():
     inputs, mask = bags()
     with pytest.raises(AssertionError, match=r"has shape \(3, 8, 2\) where \(3, 5, 2"):
         contracts.assert_padding_invariant(real, inputs, mask)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "sentence"),
+    [
+        (jnp.ones((2, 3), int), TypeError, "weights must have a floating dtype"),
+        (jnp.ones(3), ValueError, r"weights must have shape \(2, 3\).* is \(3,\)"),
+    ],
+)
+def test_wrong_weights_are_refused(weights, error, sentence):
+    with pytest.raises(error, match=sentence):
+        contracts.check_weights(weights, (2, 3))
+    contracts.check_weights(None, (2, 3))
+
+
+def test_present_elements_are_real_and_weigh_something():
+    mask = jnp.array([True, True, False])
+    weights = jnp.array([0.0, 2.0, 1.0])
+    assert contracts.present(None, None) is None
+    assert contracts.present(mask, None) is mask
+    assert contracts.present(None, weights).tolist() == [False, True, True]
+    assert contracts.present(mask, weights).tolist() == [False, True, False]

@@ -1,27 +1,29 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from archs import CNN, MLP, DeepSets, EquivariantLayer, PrevalenceHead, contracts
+from archs import (
+    CNN,
+    MLP,
+    DeepSets,
+    EquivariantLayer,
+    PowerMean,
+    PrevalenceHead,
+    Quantiles,
+    contracts,
+)
 
-AGGREGATIONS = [
-    "sum",
-    "mean",
-    "max",
-    "min",
-    "median",
-    "lower_median",
-    "std",
-    "logsumexp",
-    ("mean", "max", "std"),
-]
+NAMES = ("sum", "mean", "sqrt_sum", "log_count", "max", "min", "median")
+NAMES += ("lower_median", "std", "logsumexp", 0.3, 0.9)
+AGGREGATIONS = ["mean", NAMES, PowerMean(), Quantiles((0.2, 0.5))]
 
 
 def set_function(model, inputs):
     variables = jax.jit(model.init)(jax.random.key(1), inputs)
-    return jax.jit(lambda x, mask: model.apply(variables, x, mask))
+    return jax.jit(lambda x, mask, *weights: model.apply(variables, x, mask, *weights))
 
 
 def bags(shape=(4, 6, 5)):
@@ -37,11 +39,20 @@ def test_contracts(aggregation):
     contracts.assert_permutation_invariant(f, inputs, mask, key=jax.random.key(0))
     contracts.assert_padding_invariant(f, inputs, mask)
     contracts.assert_finite_on_empty_set(f, inputs)
+    contracts.assert_batch_independent(f, inputs, mask)
+    contracts.assert_weights_are_multiplicities(f, inputs, mask, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "median", "max", PowerMean()])
+def test_duplicates_change_nothing_where_only_the_distribution_counts(aggregation):
+    inputs, mask = bags()
+    f = set_function(DeepSets(MLP((8,), 7), MLP((8,), 3), aggregation), inputs)
+    contracts.assert_duplication(f, inputs, mask)
 
 
 def test_permutation_invariance_without_a_mask():
     inputs, _ = bags()
-    f = set_function(DeepSets(MLP((8,), 7), MLP((8,), 3), AGGREGATIONS[:-1]), inputs)
+    f = set_function(DeepSets(MLP((8,), 7), MLP((8,), 3), NAMES), inputs)
     contracts.assert_permutation_invariant(f, inputs, key=jax.random.key(0))
     full = jnp.ones(inputs.shape[:2], bool)
     np.testing.assert_allclose(f(inputs, full), f(inputs, None), rtol=1e-5, atol=1e-6)
@@ -54,16 +65,26 @@ def test_contracts_with_images():
     contracts.assert_padding_invariant(f, inputs, mask)
 
 
-@pytest.mark.parametrize("aggregation", ["mean", ("max", "sum")])
+@pytest.mark.parametrize("aggregation", ["mean", ("max", "sum"), PowerMean()])
 def test_equivariant_layer(aggregation):
     inputs, mask = bags()
     f = set_function(EquivariantLayer(4, aggregation), inputs)
     for m in (None, mask):
         contracts.assert_permutation_equivariant(f, inputs, m, key=jax.random.key(0))
-    # The mean over the real elements makes an invariant network of it.
-    pooled = jax.jit(lambda x, mask: jnp.sum(f(x, mask), axis=1))
+
+    # The weighted sum over the elements makes an invariant network of it.
+    @jax.jit
+    def pooled(x, mask, weights=None):
+        y = f(x, mask, weights)
+        return jnp.sum(y if weights is None else y * weights[..., None], axis=1)
+
     contracts.assert_padding_invariant(pooled, inputs, mask)
     contracts.assert_finite_on_empty_set(pooled, inputs)
+    contracts.assert_weights_are_multiplicities(
+        pooled, inputs, mask, key=jax.random.key(0)
+    )
+    absent = jnp.where(mask, 1.0, 0.0)
+    np.testing.assert_array_equal(f(inputs, None, absent), f(inputs, mask))
 
 
 def test_equivariant_layer_is_the_matrix_of_the_theorem():
@@ -102,16 +123,58 @@ def test_is_rho_of_the_mean_of_phi_in_torch():
 
 def test_call_is_its_three_methods():
     inputs, mask = bags()
+    weights = jax.random.uniform(jax.random.key(3), mask.shape)
     model = DeepSets(MLP((8,), 7), PrevalenceHead((8,), 3), ("mean", "max"))
     variables = jax.jit(model.init)(jax.random.key(1), inputs)
     bound = model.bind(variables)
     features = bound.encode(inputs, mask)
     assert features.shape == (4, 6, 7)
-    representation = bound.aggregate(features, mask)
-    assert representation.shape == (4, 14)
-    np.testing.assert_array_equal(
-        bound.decode(representation), model.apply(variables, inputs, mask)
+    for args in ((mask,), (mask, weights)):
+        representation = bound.aggregate(features, *args)
+        assert representation.shape == (4, 14)
+        np.testing.assert_array_equal(
+            bound.decode(representation), model.apply(variables, inputs, *args)
+        )
+
+
+@pytest.mark.parametrize("aggregation", ["mean", ("sum", "log_count"), PowerMean(3.0)])
+def test_representations_of_parts_are_merged(aggregation):
+    inputs, mask = bags()
+    model = DeepSets(MLP((8,), 7), MLP((8,), 3), aggregation)
+    bound = model.bind(jax.jit(model.init)(jax.random.key(1), inputs))
+    contracts.assert_chunk_invariant(
+        bound.aggregate,
+        bound.merge,
+        bound.encode(inputs, mask),
+        mask,
+        key=jax.random.key(0),
     )
+
+
+def test_an_aggregation_with_parameters_learns_them():
+    inputs, mask = bags()
+    model = DeepSets(MLP((8,), 7), MLP((8,), 3), PowerMean())
+    variables = jax.jit(model.init)(jax.random.key(1), inputs)
+    assert variables["params"]["aggregation"]["exponent"].tolist() == [1] * 7
+    gradient = jax.jit(jax.grad(lambda v: model.apply(v, inputs, mask).sum()))
+    assert np.all(gradient(variables)["params"]["aggregation"]["exponent"])
+
+
+def test_extrapolates_a_size_that_the_mean_and_the_count_tell():
+    # The sum of the elements from their mean and their number, exactly.
+    def error(size):
+        x = jax.random.uniform(jax.random.key(size), (8, size, 1))
+        mean, log_count = jnp.split(
+            DeepSets(identity, identity, ("mean", "log_count")).apply({}, x), 2, axis=1
+        )
+        return jnp.max(jnp.abs(mean * jnp.expm1(log_count) / x.sum(1) - 1))
+
+    class Identity(nn.Module):
+        def __call__(self, x, *, train=False):
+            return x
+
+    identity = Identity()
+    contracts.assert_size_generalization(error, (1, 50, 1000), bound=1e-5)
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "logsumexp"])
@@ -130,7 +193,7 @@ def test_gradients_in_float64_are_those_of_finite_differences(aggregation):
         contracts.assert_permutation_invariant(f, inputs, mask, key=jax.random.key(0))
 
 
-@pytest.mark.parametrize("aggregation", ["mean", "median", AGGREGATIONS[:-1]])
+@pytest.mark.parametrize("aggregation", ["mean", "median", NAMES])
 def test_bfloat16(aggregation):
     inputs, mask = bags()
     model = DeepSets(
@@ -169,5 +232,7 @@ def test_wrong_inputs_are_named():
     model = DeepSets(MLP((), 2), MLP((), 2))
     with pytest.raises(ValueError, match=r"inputs must .*\(3, 2\)"):
         model.init(jax.random.key(0), jnp.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"weights must have shape \(3, 2\)"):
+        model.init(jax.random.key(0), jnp.zeros((3, 2, 1)), None, jnp.ones(3))
     with pytest.raises(ValueError, match="aggregation must name"):
         model.clone(aggregation="mode").init(jax.random.key(0), jnp.zeros((3, 2, 1)))

@@ -11,10 +11,10 @@ from archs import CNN, MLP, HistNetQ, PrevalenceHead, absolute_error, contracts
 HISTOGRAMS = [
     archs.LinearHistogram(4),
     archs.HardHistogram(4),
+    archs.AdaptiveHistogram(4),
+    archs.CumulativeHistogram(archs.CubicHistogram(4)),
     archs.SoftHistogram(4),
-    archs.RBFHistogram(4),
     archs.SigmoidHistogram(4, slope=20.0),
-    archs.HardBinningHistogram(4),
 ]
 
 
@@ -31,7 +31,7 @@ def network(histogram, **kwargs):
 
 def set_function(model, inputs):
     variables = jax.jit(model.init)(jax.random.key(1), inputs)
-    return jax.jit(lambda x, mask: model.apply(variables, x, mask))
+    return jax.jit(lambda *args: model.apply(variables, *args))
 
 
 @pytest.mark.parametrize("histogram", HISTOGRAMS, ids=lambda h: type(h).__name__)
@@ -43,6 +43,23 @@ def test_contracts(histogram):
         np.testing.assert_allclose(f(inputs, m).sum(-1), 1, rtol=1e-6)
     contracts.assert_padding_invariant(f, inputs, mask)
     contracts.assert_finite_on_empty_set(f, inputs)
+
+
+@pytest.mark.parametrize("histogram", HISTOGRAMS[2:4], ids=["adaptive", "cumulative"])
+def test_weights_are_multiplicities_and_parts_are_merged(histogram):
+    inputs, mask = bags()
+    model = network(histogram)
+    f = set_function(model, inputs)
+    key = jax.random.key(0)
+    contracts.assert_weights_are_multiplicities(f, inputs, mask, key=key)
+    bound = model.bind(jax.jit(model.init)(jax.random.key(1), inputs))
+    features = jax.random.uniform(key, (4, 6, 7))
+    weights = jax.random.uniform(key, mask.shape, maxval=3.0)
+    aggregate = jax.jit(bound.aggregate)
+    for w in (None, weights):
+        contracts.assert_chunk_invariant(
+            aggregate, bound.merge, features, mask, w, key=key
+        )
 
 
 def test_contracts_with_images():
@@ -108,7 +125,9 @@ def test_histogram_of_a_union_is_the_mixture_of_histograms():
     np.testing.assert_allclose(bound.aggregate(features), mixture, atol=1e-6)
 
 
-@pytest.mark.parametrize("histogram", HISTOGRAMS[:2], ids=["linear", "hard"])
+@pytest.mark.parametrize(
+    "histogram", HISTOGRAMS[:3], ids=["linear", "hard", "adaptive"]
+)
 def test_every_parameter_receives_a_gradient(histogram):
     inputs, mask = bags()
     model = network(histogram)
@@ -220,3 +239,5 @@ def test_wrong_arguments_are_named():
         model.init(jax.random.key(0), jnp.zeros((3, 2)))
     with pytest.raises(TypeError, match="mask must have dtype bool.*int32"):
         model.init(jax.random.key(0), jnp.zeros((3, 2, 1)), jnp.ones((3, 2), int))
+    with pytest.raises(ValueError, match=r"weights must .*\(3, 2\).*\(2, 3\)"):
+        model.init(jax.random.key(0), jnp.zeros((3, 2, 1)), None, jnp.ones((2, 3)))
