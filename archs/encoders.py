@@ -57,6 +57,7 @@ class MLP(nn.Module):
         "dropout".
       activation: the name of a function of `flax.linen`; "leaky_relu" has slope 0.01
         for negative inputs.
+      activate_output: whether the activation follows the last Dense, too.
       dtype: compute dtype; parameters are float32.
     """
 
@@ -64,6 +65,7 @@ class MLP(nn.Module):
     features: int
     dropout_rate: float = 0.0
     activation: str = "leaky_relu"
+    activate_output: bool = False
     dtype: Any = None
 
     @nn.compact
@@ -80,7 +82,34 @@ class MLP(nn.Module):
             x = dense(size, x.shape[-1], dtype=self.dtype)(x)
             x = activation(x)
             x = Dropout(self.dropout_rate)(x, train=train)
-        return dense(self.features, x.shape[-1], dtype=self.dtype)(x)
+        x = dense(self.features, x.shape[-1], dtype=self.dtype)(x)
+        return activation(x) if self.activate_output else x
+
+
+class Embedding(nn.Module):
+    """Encoder of tokens: `encoder(x E)` of one-hot vectors x, E the embeddings.
+
+    Attributes:
+      encoder: what follows, [n, embedding_size] -> [n, f].
+      embedding_size: the width of an embedding.
+      dtype: compute dtype; parameters are float32.
+    """
+
+    encoder: nn.Module
+    embedding_size: int
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps one-hot x [n, vocabulary] to [n, f]."""
+        embed = nn.Dense(
+            self.embedding_size,
+            use_bias=False,
+            dtype=self.dtype,
+            # One input at a time is not zero: the fan-in does not matter.
+            kernel_init=nn.linear.default_embed_init,
+        )
+        return self.encoder(embed(x), train=train)
 
 
 class CNN(nn.Module):
@@ -90,22 +119,31 @@ class CNN(nn.Module):
     (rounding down). With the default sizes it is the extractor of HistNetQ for 28x28
     images. Kernels and biases are initialised by `uniform_fan_in`.
 
+    With a `stride` of two the convolutions halve the height and width (rounding up)
+    and nothing is pooled, which is about a quarter of the work.
+
     Attributes:
       channels: output channels of each convolution.
       features: the width f of the output.
       kernel_size: the height and width of the kernels.
+      stride: of the convolutions; more than one replaces the pooling.
+      hidden_sizes: the widths of Dense layers with ReLU before the last.
+      dropout_rate: applied before each Dense layer when `train`; needs the rng stream
+        "dropout".
       dtype: compute dtype; parameters are float32.
     """
 
     channels: Sequence[int] = (16, 32)
     features: int = 256
     kernel_size: int = 5
+    stride: int = 1
+    hidden_sizes: Sequence[int] = ()
+    dropout_rate: float = 0.0
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps images x [n, height, width, channel] to [n, features]."""
-        del train
         if x.ndim != 4:
             raise ValueError(
                 "CNN reads images of shape [n, height, width, channel], but the shape "
@@ -117,12 +155,17 @@ class CNN(nn.Module):
             conv = nn.Conv(
                 channels,
                 (size, size),
+                self.stride,
                 dtype=self.dtype,
                 kernel_init=init,
                 bias_init=init,
             )
-            x = nn.relu(_max_pool(conv(x)))
+            x = nn.relu(conv(x) if self.stride > 1 else _max_pool(conv(x)))
         x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        x = Dropout(self.dropout_rate)(x, train=train)
+        for width in self.hidden_sizes:
+            x = nn.relu(dense(width, x.shape[-1], dtype=self.dtype)(x))
+            x = Dropout(self.dropout_rate)(x, train=train)
         return dense(self.features, x.shape[-1], dtype=self.dtype)(x)
 
 

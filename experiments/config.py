@@ -4,7 +4,8 @@ Every section of a config is the keyword arguments of a Python signature:
 
 ==================  =====================================================
 ``config``          the fields of `Experiment`
-``config.dataset``  the arguments of `data.load`
+``config.dataset``  the arguments of `data.load` or, where ``name`` is a class of
+                    `data` that makes its sets itself, the fields of that class
 ``config.model``    ``name``: a module of `archs`; the rest: its fields, nested
                     modules being sections of the same form
 ``config.task``     ``name``: a task of `experiments.tasks`; the rest: its fields
@@ -50,7 +51,8 @@ class Experiment:
     """The top level of a config.
 
     Attributes:
-      dataset: arguments of `data.load`.
+      dataset: a dataset by name, and the arguments of its factory, see
+        `dataset_factory`.
       model: a module of `archs` by name, and its fields.
       task: a task of `experiments.tasks` by name, and its fields.
       optimizer: fields of `Optimizer`.
@@ -150,10 +152,13 @@ def _override(raw: dict, path: str, text: str) -> None:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = {"true": True, "false": False, "none": None}.get(text.lower(), text)
-    if field == "name" and parents and parents[0] in ("model", "task"):
+    if field == "name" and parents and parents[0] in ("dataset", "model", "task"):
         # The other fields in the file were the former module's: only those that
         # the new one has too are kept.
-        signature = _named(".".join(["config", *parents]), value)
+        if parents[0] == "dataset":
+            signature = _signature(dataset_factory(value))
+        else:
+            signature = _named(".".join(["config", *parents]), value)
         for key in [k for k in section if k != "name" and k not in signature]:
             del section[key]
     section[field] = value
@@ -167,7 +172,7 @@ def complete(raw: Mapping) -> dict:
     """
     config = _section("config", raw, _signature(Experiment))
     config["dataset"] = _section(
-        "config.dataset", config["dataset"], _signature(data.load)
+        "config.dataset", config["dataset"], _dataset_signature(config["dataset"])
     )
     config["model"] = _named_section("config.model", config["model"])
     config["task"] = _named_section("config.task", config["task"])
@@ -186,6 +191,39 @@ def instantiate(path: str, factory: Callable, section: Mapping, **extra) -> Any:
         return factory(**section, **extra)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def dataset_factory(name: Any) -> Callable:
+    """The class of `data` of that name, if it has a `spec`; otherwise `data.load`."""
+    classes = _dataset_classes() if isinstance(name, str) else {}
+    return classes.get(name, data.load)
+
+
+def build_dataset(section: Mapping) -> Any:
+    """The dataset that `config.dataset` describes.
+
+    Raises:
+      UserError, data.DataError: when a value is impossible or the data are not there.
+    """
+    factory, fields = dataset_factory(section["name"]), dict(section)
+    if factory is not data.load:
+        del fields["name"]
+    return instantiate("config.dataset", factory, fields)
+
+
+def _dataset_classes() -> dict[str, type]:
+    return {
+        name: cls
+        for name in data.__all__
+        if isinstance(cls := getattr(data, name), type) and hasattr(cls, "spec")
+    }
+
+
+def _dataset_signature(section: Any) -> dict:
+    name = section.get("name") if isinstance(section, Mapping) else None
+    factory = dataset_factory(name)
+    own = {} if factory is data.load else {"name": (str, REQUIRED)}
+    return own | _signature(factory)
 
 
 def build_module(section: Mapping, *, num_classes: int, precision: str) -> nn.Module:

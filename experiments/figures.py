@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse
 from matplotlib.ticker import (
     EngFormatter,
     FuncFormatter,
@@ -337,6 +338,199 @@ def learned_histograms(
         bar.set_label("share of the class's examples in the bin", fontsize=_SMALL)
         bar.locator = MaxNLocator(4)
         bar.update_ticks()
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def measures_by_size(
+    sizes: Sequence[float], measures: Mapping[str, Sequence[float]]
+) -> Figure:
+    """How each measure depends on the number of elements in a set.
+
+    Args:
+      sizes: number of elements of a set (or the mean of a group of sets), [groups].
+      measures: name of a measure -> its mean in each group, [groups].
+
+    Returns:
+      A figure with one axes per measure.
+    """
+    figure = Figure(figsize=(WIDTH, 2.2 * len(measures)))
+    panels = figure.subplots(len(measures), 1, squeeze=False)[:, 0]
+    for axes, (name, values) in zip(panels, measures.items(), strict=True):
+        axes.plot(sizes, values, color=PALETTE[0], marker=MARKERS[0], markersize=4)
+        axes.set_title(name.replace("_", " "))
+        axes.set_xlabel("elements in the set")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def predicted_numbers(true: np.ndarray, predicted: np.ndarray) -> Figure:
+    """True against predicted numbers, 500 of them evenly chosen, and the diagonal.
+
+    Args:
+      true: float [n].
+      predicted: float [n].
+
+    Returns:
+      A figure with one axes.
+    """
+    dots = np.unique(np.linspace(0, len(true) - 1, 500).astype(int))
+    figure = Figure(figsize=(3.6, 3.6))
+    axes = figure.subplots()
+    limits = [np.min(true), np.max(true)]
+    axes.plot(limits, limits, color=INK, linewidth=0.8, dashes=(4, 3))
+    axes.plot(
+        true[dots],
+        predicted[dots],
+        "o",
+        color=PALETTE[0],
+        markersize=2.5,
+        markeredgewidth=0,
+        alpha=0.6,
+    )
+    axes.set_xlabel("true")
+    axes.set_ylabel("predicted")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def clusters(
+    points: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray],
+    found: tuple[np.ndarray, np.ndarray],
+    true: tuple[np.ndarray, np.ndarray],
+) -> Figure:
+    """Sets of points in the plane and the Gaussians that describe them.
+
+    Points have the colour of their component. A component is drawn as the ellipse of
+    two standard deviations: filled as found, dashed as it truly is. Of more than two
+    dimensions the first two are drawn.
+
+    Args:
+      points: of every set, float [n, d].
+      labels: of every set, the component that each point most likely is of, int [n].
+      found: means and standard deviations, each float [set, k, d].
+      true: those that the points were drawn from, each float [set, k, d].
+
+    Returns:
+      A figure with one axes per set.
+    """
+    figure, panels = _grid(len(points), max_columns=2)
+    for index, axes in enumerate(panels):
+        for k in range(found[0].shape[1]):
+            color = PALETTE[k % len(PALETTE)]
+            of_component = points[index][labels[index] == k]
+            axes.plot(
+                *of_component[:, :2].T,
+                MARKERS[k % len(MARKERS)],
+                color=color,
+                markersize=2,
+                markeredgewidth=0,
+                alpha=0.7,
+            )
+        for (means, scales), look in (
+            (found, dict(alpha=0.3, linewidth=0)),
+            (true, dict(fill=False, edgecolor=INK, linestyle=(0, (3, 2)))),
+        ):
+            for k, (mean, scale) in enumerate(
+                zip(means[index], scales[index], strict=True)
+            ):
+                color = dict(facecolor=PALETTE[k % len(PALETTE)])
+                axes.add_patch(
+                    Ellipse(
+                        mean[:2],
+                        *(4 * scale[:2]),
+                        **(color if "edgecolor" not in look else {}) | look,
+                    )
+                )
+        axes.set_title(f"{len(points[index])} points", fontsize=_SMALL)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def confusion(counts: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Which classes are taken for which, as shares of the examples of a class.
+
+    Args:
+      counts: int [K, K], examples of the class of the row that were called the class
+        of the column.
+      class_names: the names of the K classes.
+
+    Returns:
+      A figure with an axes and its colour bar.
+    """
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    number = len(counts)
+    figure = Figure(figsize=(WIDTH, WIDTH + 0.6))
+    axes = figure.subplots()
+    axes.grid(False)
+    image = axes.imshow(share, cmap="cividis", vmin=0, vmax=1)
+    size = min(_SMALL, 220 / number)
+    axes.set_xticks(range(number), class_names, rotation=90, fontsize=size)
+    axes.set_yticks(range(number), class_names, fontsize=size)
+    axes.tick_params(length=0)
+    if number <= 12:
+        for row, column in zip(*np.nonzero(share >= 0.005), strict=True):
+            axes.text(
+                column,
+                row,
+                f"{100 * share[row, column]:.0f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="black" if share[row, column] > 0.5 else "white",
+            )
+    axes.set_xlabel("called")
+    axes.set_ylabel("is")
+    bar = figure.colorbar(image, ax=axes, location="top", fraction=0.04, aspect=40)
+    bar.outline.set_visible(False)
+    bar.set_label("share of the sets of the class", fontsize=_SMALL)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def image_sets(
+    images: np.ndarray, probabilities: np.ndarray, target: np.ndarray
+) -> Figure:
+    """Sets of images in rows, each with the probability of being the one sought.
+
+    The one that is has a solid frame, the most probable one a dashed frame.
+
+    Args:
+      images: float [set, element, height, width, channel], in [-1, 1], of one or three
+        channels.
+      probabilities: float [set, element].
+      target: int [set].
+
+    Returns:
+      A figure with one axes per image.
+    """
+    rows, columns = images.shape[:2]
+    figure = Figure(figsize=(max(WIDTH, 0.5 * columns), 0.72 * rows))
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for (row, column), axes in np.ndenumerate(panels):
+        image = np.clip((images[row, column] + 1) / 2, 0, 1)
+        if image.shape[-1] == 1:
+            image = image.repeat(3, axis=-1)
+        axes.imshow(image)
+        axes.grid(False)
+        axes.set(xticks=[], yticks=[])
+        probability = probabilities[row, column]
+        axes.set_xlabel(f"{100 * probability:.0f} %", fontsize=6, labelpad=1)
+        is_target = column == target[row]
+        guessed = column == probabilities[row].argmax()
+        for spine in axes.spines.values():
+            spine.set_visible(bool(is_target or guessed))
+            spine.set_linewidth(2)
+            spine.set_edgecolor(PALETTE[2] if is_target else PALETTE[1])
+            spine.set_linestyle("-" if is_target else "--")
     return figure
 
 

@@ -3,24 +3,25 @@
 import csv
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import data
 from experiments.errors import UserError
-from experiments.tasks import Quantification
+from experiments.tasks import BagQuantification, Quantification
 
 LEVEL = 0.95
 
 
 def predict(
-    task: Quantification,
+    task: Quantification | BagQuantification,
     state: Any,
     source: str,
     output: Path,
@@ -67,7 +68,11 @@ def predict(
 
 
 def bag_interval(
-    task: Quantification, state: Any, bag: np.ndarray, resamples: int, key: jax.Array
+    task: Quantification | BagQuantification,
+    state: Any,
+    bag: np.ndarray,
+    resamples: int,
+    key: jax.Array,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prevalences of one bag, and the ends of their bootstrap interval, each [K].
 
@@ -78,16 +83,45 @@ def bag_interval(
       resamples: number of bootstrap resamples.
       key: of the resampling.
     """
-    # Sizes are rounded up to powers of two, so that few are compiled.
+    bag = data.normalize(bag, task.dataset.shift, task.dataset.scale)
+    return interval(task.model, state.variables, bag, resamples, key, LEVEL)
+
+
+def interval(
+    model: nn.Module,
+    variables: Mapping,
+    bag: np.ndarray,
+    resamples: int,
+    key: jax.Array,
+    level: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Prevalences of one bag, and the ends of their percentile interval, each [K].
+
+    Args:
+      model: a set network.
+      variables: its parameters.
+      bag: examples as the model takes them, [element, *features].
+      resamples: number of bootstrap resamples.
+      key: of the resampling.
+      level: the share of the resamples that the interval holds.
+    """
+    padded, count = pad(bag)
+    draws = np.asarray(
+        _bag_and_resamples(model, variables, padded, count, key, resamples)
+    )
+    low, high = np.quantile(draws[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return draws[0], low, high
+
+
+def pad(bag: np.ndarray) -> tuple[np.ndarray, np.int32]:
+    """The bag filled up with zeros, and its size.
+
+    Sizes are rounded up to powers of two, so that few are compiled.
+    """
     size = 1 << (len(bag) - 1).bit_length()
     padded = np.zeros((size, *bag.shape[1:]), np.float32)
-    padded[: len(bag)] = data.normalize(bag, task.dataset.shift, task.dataset.scale)
-    draws = _bag_and_resamples(
-        task.model, state.variables, padded, np.int32(len(bag)), key, resamples
-    )
-    draws = np.asarray(draws)
-    low, high = np.quantile(draws[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return draws[0], low, high
+    padded[: len(bag)] = bag
+    return padded, np.int32(len(bag))
 
 
 @partial(jax.jit, static_argnums=(0, 5))
@@ -108,14 +142,12 @@ def _bag_and_resamples(model, variables, bag, count, key, resamples) -> jax.Arra
 
 
 def _bags(
-    task: Quantification, state: Any, source: str
+    task: Quantification | BagQuantification, state: Any, source: str
 ) -> Iterator[tuple[str, np.ndarray]]:
     spec = task.dataset.spec
     if source in ("validation", "test"):
-        inputs = task.dataset.splits[source]["inputs"]
-        indices, _, _ = task.evaluation_bags(state, source)
-        for number, bag in enumerate(indices):
-            yield str(number), inputs[bag]
+        for number, bag in enumerate(_evaluation_bags(task, state, source)):
+            yield str(number), bag
         return
     for name, bag in read_bags(Path(source), spec.feature_shape):
         if bag.shape[1:] != tuple(spec.feature_shape):
@@ -131,6 +163,20 @@ def _bags(
         if not np.isfinite(bag).all():
             raise UserError(f"{source}, bag {name} holds NaN or infinite values.")
         yield name, bag
+
+
+def _evaluation_bags(task: Any, state: Any, split: str) -> Iterator[np.ndarray]:
+    if isinstance(task, Quantification):
+        inputs = task.dataset.splits[split]["inputs"]
+        for indices in task.evaluation_bags(state, split)[0]:
+            yield inputs[indices]
+        return
+    if split not in task.dataset.splits:
+        raise UserError(f"{task.dataset.spec.name} has no {split} bags.")
+    bags = task.dataset.splits[split]
+    lengths = bags.get("sizes", [bags["inputs"].shape[1]] * len(bags["inputs"]))
+    for bag, length in zip(bags["inputs"], lengths, strict=True):
+        yield bag[:length]
 
 
 def read_bags(path: Path, feature_shape: tuple) -> Iterator[tuple[str, np.ndarray]]:

@@ -88,10 +88,10 @@ def _run(argv: Sequence[str]) -> None:
             with _locked(workdir):
                 _evaluate(workdir, config, task)
         else:
-            if not isinstance(task, tasks.Quantification):
+            if not isinstance(task, (tasks.Quantification, tasks.BagQuantification)):
                 raise UserError(
                     "--mode=predict estimates prevalences: it needs a run with "
-                    "config.task.name=Quantification."
+                    "config.task.name=Quantification or BagQuantification."
                 )
             step, state = loop.best_state(workdir, task, config.seed)
             output = Path(options.output or workdir / "predictions.csv")
@@ -197,7 +197,7 @@ def build(config: ConfigDict) -> tuple[data.Dataset, loop.Task, loop.Training]:
     optimizer = configs.instantiate(
         "config.optimizer", Optimizer, sections["optimizer"]
     )
-    dataset = configs.instantiate("config.dataset", data.load, sections["dataset"])
+    dataset = configs.build_dataset(sections["dataset"])
     model = configs.build_module(
         sections["model"],
         num_classes=dataset.spec.num_classes,

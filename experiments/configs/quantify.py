@@ -1,29 +1,33 @@
 """Quantification of a labelled dataset: `quantify.py:MODEL_DATASET`.
 
-MODEL is `histnetq` or `deepsets`, DATASET one of `digits`, `breast_cancer`, `wine`,
-`mnist`, `fashion_mnist`. Training encodes `num_bags` examples a step and learns from
-mixtures of them (`mixed_bags`); with `config.task.mixed_bags=0`,
-`config.task.bag_size=100` and `config.task.num_bags=20` it learns from bags as drawn.
+MODEL is `histnetq`, `deepsets`, `set_transformer`, `gmnet` or `emqnet`, DATASET one of
+`digits`, `breast_cancer`, `wine`, `mnist`, `fashion_mnist`. Training encodes `num_bags`
+examples a step and learns from mixtures of them (`mixed_bags`); with
+`config.task.mixed_bags=0`, `config.task.bag_size=100` and `config.task.num_bags=20` it
+learns from bags as drawn. `emqnet` learns from the labels of single examples as well.
 """
 
 from ml_collections import ConfigDict
 
 VECTORS = ("breast_cancer", "wine")
 IMAGES = ("mnist", "fashion_mnist")
-MODELS = ("histnetq", "deepsets")
+MODELS = ("histnetq", "deepsets", "set_transformer", "gmnet", "emqnet")
 
 
 def get_config(variant: str = "histnetq_digits") -> ConfigDict:
     """The config of a variant `MODEL_DATASET`."""
-    model, _, dataset = variant.partition("_")
     datasets = ("digits", *VECTORS, *IMAGES)
-    if model not in MODELS or dataset not in datasets:
+    pairs = {f"{m}_{d}": (m, d) for m in MODELS for d in datasets}
+    if variant not in pairs:
         raise ValueError(
             f"there is no variant {variant!r}: MODEL_DATASET with MODEL one of "
             f"{', '.join(MODELS)} and DATASET one of {', '.join(datasets)}"
         )
+    model, dataset = pairs[variant]
     config = ConfigDict()
     config.dataset = dict(name=dataset)
+    if model == "emqnet":
+        return _with_labels(config, dataset)
     config.task = dict(
         name="Quantification",
         num_bags=256,
@@ -55,6 +59,65 @@ def get_config(variant: str = "histnetq_digits") -> ConfigDict:
             histogram=dict(name="LinearHistogram", num_bins=16),
             head=head,
         )
-    else:
+    elif model == "deepsets":
         config.model = dict(name="DeepSets", phi=encoder, rho=head, aggregation="mean")
+    elif model == "gmnet":
+        config.model = dict(name="GMNet", encoder=encoder, head=head)
+    else:
+        config.model = dict(
+            name="SetTransformer",
+            encoder=encoder,
+            hidden_size=64,
+            num_seeds=dict(digits=10, breast_cancer=2, wine=3).get(dataset, 10),
+            head=head,
+        )
+        # A mixture is a bag of its own for attention: fewer of them, and fewer steps.
+        config.task.mixed_bags = 16
+        config.training.num_steps = 1200
+        config.optimizer.update(warmup_steps=100, clip_norm=1.0)
+    return config
+
+
+def _with_labels(config: ConfigDict, dataset: str) -> ConfigDict:
+    """EMQNet: an ensemble that learns labels, and its calibration from bags."""
+    images = dataset in IMAGES
+    config.task = dict(
+        name="LabelledQuantification",
+        num_bags=128,
+        mixed_bags=32,
+        evaluation_bag_size=500 if images else 100,
+    )
+    config.optimizer = dict(
+        name="adamw",
+        learning_rate=2e-3,
+        schedule="cosine",
+        warmup_steps=100,
+        ema_decay=0.99,
+        weight_decay=1e-2,
+    )
+    if images:
+        encoder = dict(
+            name="CNN",
+            channels=(32, 64),
+            kernel_size=3,
+            hidden_sizes=(256,),
+            features=64,
+            dropout_rate=0.3,
+        )
+        config.task.update(max_shift=2, flip=dataset == "fashion_mnist")
+        config.training = dict(num_steps=3000, steps_per_call=10, eval_every=1000)
+        config.model = dict(name="EMQNet", encoder=encoder, num_members=2)
+        return config
+    # Few examples: most of the train split is learned from, and calibration needs no
+    # other.
+    config.dataset.validation_fraction = 0.1
+    config.task.num_bags = 256
+    encoder = dict(name="MLP", hidden_sizes=(512, 512), features=64, dropout_rate=0.3)
+    num_members, num_steps = 5, 600
+    if dataset in VECTORS:
+        encoder.update(hidden_sizes=(64,), dropout_rate=0.5)
+        config.optimizer.weight_decay = 3.0
+        num_members, num_steps = 10, 400
+    config.training = dict(num_steps=num_steps, steps_per_call=50, eval_every=num_steps)
+    config.model = dict(name="EMQNet", encoder=encoder, num_members=num_members)
     return config

@@ -1,9 +1,7 @@
 """Quantification: learning the class prevalences of bags of examples."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -12,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import data
-from archs import DeepSets, HistNetQ, contracts
-from archs import quantification as measures_of
 from data.samplers import (
     class_table,
     draw_bags,
@@ -25,8 +21,16 @@ from experiments.loop import Training
 from experiments.optimizers import Optimizer
 from experiments.report import Section
 from experiments.tasks import quantification_report, supervised
+from experiments.tasks.prevalence import (
+    check_contracts,
+    check_set_network,
+    element_encoder,
+    estimate_in_training,
+    measure,
+    pools_linearly,
+)
 
-PROTOCOLS = ("uniform", "dirichlet", "natural", "grid")
+PROTOCOLS = ("uniform", "dirichlet", "natural", "grid", "published")
 # Bags of validation and test are the same for every model and every seed of training.
 EVALUATION_SEED = {"validation": 1, "test": 2}
 EVALUATION_BATCH = 20
@@ -59,7 +63,8 @@ class Quantification:
       num_bags: bags a step.
       bag_size: examples a bag.
       protocol: `uniform` on the simplex (APP), `dirichlet`, `natural` (the train
-        split's prevalences, NPP) or `grid`, of the bags to learn from.
+        split's prevalences, NPP), `grid` or `published`, of the bags to learn from;
+        see `data.samplers.draw_prevalences`.
       concentration: of `dirichlet`, one number for all classes.
       grid_points: values per class of `grid`.
       evaluation_protocol: of the bags of validation and test.
@@ -121,11 +126,7 @@ class Quantification:
                 "space, which is exact for poolings that are linear: HistNetQ, or "
                 "DeepSets with aggregation='mean'; others need bag_size=1"
             )
-        if not (hasattr(self.model, "encode") and hasattr(self.model, "aggregate")):
-            raise ValueError(
-                f"{type(self.model).__name__} is no set network: it has no encode and "
-                "aggregate; use DeepSets or HistNetQ"
-            )
+        check_set_network(self.model)
         object.__setattr__(self, "arrays", self._arrays())
 
     def _arrays(self) -> dict:
@@ -152,23 +153,7 @@ class Quantification:
         )
 
     def _measure(self, name: str) -> Callable:
-        function = getattr(measures_of, name, None)
-        known = [
-            key
-            for key, value in vars(measures_of).items()
-            if inspect.isfunction(value)
-            and list(inspect.signature(value).parameters)[:2]
-            == ["prevalence", "estimate"]
-            and not key.startswith("_")
-        ]
-        if name not in known:
-            raise ValueError(
-                f"there is no measure {name!r} in archs.quantification, which has "
-                f"{', '.join(known)}"
-            )
-        if "epsilon" in inspect.signature(function).parameters:
-            return partial(function, epsilon=1 / (2 * self.size_at_evaluation))
-        return function
+        return measure(name, self.size_at_evaluation)
 
     # The methods of `loop.Task`.
 
@@ -194,6 +179,7 @@ class Quantification:
             bag_key, arrays["train"], self.protocol, self.num_bags, self.bag_size
         )
         batch = {
+            "indices": indices,
             "inputs": self._inputs(arrays["train"], indices),
             "prevalence": prevalence,
         }
@@ -251,16 +237,12 @@ class Quantification:
         """One update; see `loop.Task`."""
 
         def loss(params, model_state):
-            estimate, model_state = self.model.apply(
-                {"params": params, **model_state},
-                batch,
-                train=True,
-                rngs={"dropout": key},
-                mutable=list(model_state),
-                method=_bags_or_mixtures,
+            estimate, added, model_state = estimate_in_training(
+                self.model, params, model_state, batch, key
             )
             values = self._measure(self.loss)(batch["prevalence"], estimate)
-            return values.mean(), ({self.loss: metrics.masked(values)}, model_state)
+            measured = {self.loss: metrics.masked(values)}
+            return values.mean() + added, (measured, model_state)
 
         return supervised.update(state, loss, self.optimizer, self.training.num_steps)
 
@@ -338,21 +320,12 @@ class Quantification:
         Raises:
           AssertionError: naming the contract and the worst element.
         """
-        elements = batch["inputs"][:32].reshape(-1, *batch["inputs"].shape[2:])
-        inputs = elements[: len(elements) // 2 * 2][:32]
-        inputs = inputs.reshape(2, -1, *inputs.shape[1:])  # two bags
-
-        @jax.jit
-        def model(inputs, mask):
-            return self.model.apply(state.variables, inputs, mask)
-
-        contracts.assert_permutation_invariant(model, inputs, key=jax.random.key(0))
-        contracts.assert_padding_invariant(model, inputs)
+        check_contracts(self.model, state.variables, batch["inputs"])
 
     @property
     def element_encoder(self) -> nn.Module:
         """The network of one element, φ."""
-        return getattr(self.model, "encoder", None) or self.model.phi
+        return element_encoder(self.model)
 
     def report(
         self, state: supervised.TrainState, workdir: Path, seed: int
@@ -388,21 +361,3 @@ class Quantification:
             np.concatenate(parts)[:total] for parts in zip(*batches, strict=True)
         )
         return indices, true, estimate
-
-
-def pools_linearly(model: nn.Module) -> bool:
-    """Whether the representation of a mixture is the mixture of representations."""
-    return isinstance(model, HistNetQ) or (
-        isinstance(model, DeepSets) and model.aggregation in ("mean", ("mean",))
-    )
-
-
-def _bags_or_mixtures(model: nn.Module, batch: Mapping, *, train: bool) -> jax.Array:
-    """Prevalences of the bags of a batch or, where it says how, of their mixtures."""
-    features = model.encode(batch["inputs"], train=train)  # [bag, element, f]
-    if "elements" in batch:
-        features = features[:, 0][batch["elements"]]  # [mixed bag, element, f]
-    representation = model.aggregate(features)
-    if "weights" in batch:
-        representation = batch["weights"] @ representation  # [mixed bag, r]
-    return model.decode(representation, train=train)

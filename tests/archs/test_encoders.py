@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from archs import CNN, MLP, Classifier, encode_elements
+from archs import CNN, MLP, Classifier, Embedding, encode_elements
 
 
 def torch_gradients(net, x):
@@ -84,6 +84,40 @@ def test_cnn_is_torch_conv2d(size):
         weight = conv.weight.grad.numpy().transpose(2, 3, 1, 0)
         close(gradients[f"Conv_{i}"]["kernel"], weight)
         close(gradients[f"Conv_{i}"]["bias"], conv.bias.grad)
+
+
+def test_strided_cnn_is_torch_conv2d_and_linear():
+    model = CNN((3, 5), 4, kernel_size=3, stride=2, hidden_sizes=(6,))
+    x = jax.random.normal(jax.random.key(0), (4, 11, 11, 2))
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    params = jax.tree.map(np.array, variables["params"])
+    # 11 is halved to 6 with padding on both sides, 6 to 3 with padding at the end.
+    pads = [torch.nn.ZeroPad2d(1), torch.nn.ZeroPad2d((0, 1, 0, 1))]
+    convs = [torch.nn.Conv2d(2, 3, 3, stride=2), torch.nn.Conv2d(3, 5, 3, stride=2)]
+    linears = [torch.nn.Linear(45, 6), torch.nn.Linear(6, 4)]
+    for i, (conv, linear) in enumerate(zip(convs, linears, strict=True)):
+        kernel = params[f"Conv_{i}"]["kernel"]
+        conv.weight.data = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
+        conv.bias.data = torch.from_numpy(params[f"Conv_{i}"]["bias"])
+        linear.weight.data = torch.from_numpy(params[f"Dense_{i}"]["kernel"].T.copy())
+        linear.bias.data = torch.from_numpy(params[f"Dense_{i}"]["bias"])
+    y = torch.from_numpy(np.array(x)).movedim(-1, 1)
+    for pad, conv in zip(pads, convs, strict=True):
+        y = torch.relu(conv(pad(y)))
+    y = linears[1](torch.relu(linears[0](y.movedim(1, -1).flatten(1))))
+    close(jax.jit(model.apply)(variables, x), y.detach().numpy())
+
+
+def test_embedded_tokens_are_looked_up():
+    tokens = np.array([3, 0, 3, 4])
+    model = Embedding(MLP((), 6, activation="tanh", activate_output=True), 7)
+    x = jax.nn.one_hot(tokens, 5)
+    params = jax.jit(model.init)(jax.random.key(1), x)["params"]
+    table, layer = params["Dense_0"]["kernel"], params["encoder"]["Dense_0"]
+    expected = np.tanh(table[tokens] @ layer["kernel"] + layer["bias"])
+    found = jax.jit(model.apply)({"params": params}, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 5 * 7 + 7 * 6 + 6
 
 
 @pytest.mark.parametrize(

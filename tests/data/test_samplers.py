@@ -175,6 +175,22 @@ def test_grid_prevalences_are_uniform_over_the_grid():
     assert stats.chisquare(counts).pvalue > ALPHA
 
 
+def test_published_prevalences_are_not_uniform():
+    drawn = prevalences(10, 20_000, protocol="published", bag_size=500)
+    counts = 500 * drawn
+    np.testing.assert_allclose(counts, counts.round(), atol=1e-3)
+    np.testing.assert_allclose(drawn.sum(1), 1, rtol=1e-5)
+    # As the published code does it.
+    rng = np.random.default_rng(0)
+    cuts = np.sort(rng.integers(5, 495, (20_000, 9)), axis=1)
+    expected = np.diff(cuts, prepend=0, append=500, axis=1) / 500
+    np.testing.assert_allclose(drawn.mean(0), expected.mean(0), atol=0.003)
+    for k in (0, 4, 9):
+        assert stats.ks_2samp(drawn[:, k], expected[:, k]).pvalue > ALPHA
+    assert drawn[:, 0].min() > 0 and drawn[:, 9].min() > 0
+    assert drawn[:, [0, 9]].mean() > 1.08 * drawn[:, 1:9].mean()
+
+
 @pytest.mark.parametrize(
     "kwargs,message",
     [
@@ -182,6 +198,8 @@ def test_grid_prevalences_are_uniform_over_the_grid():
         ({"protocol": "natural", "bag_size": 5}, "needs natural and bag_size"),
         ({"protocol": "natural", "bag_size": 5, "natural": np.ones(3) / 3}, "shape"),
         ({"protocol": "grid", "grid_points": 1}, "grid_points must be"),
+        ({"protocol": "published"}, "needs a bag_size of 2 or more"),
+        ({"protocol": "published", "bag_size": 1}, "needs a bag_size of 2 or more"),
     ],
 )
 def test_incomplete_protocols_are_refused(kwargs, message):
@@ -344,3 +362,104 @@ def test_mixtures_differ_from_one_another():
     targets = jnp.full((2, 2), 0.5)
     first, second = samplers.mixture_weights(KEY, bags, targets)
     assert (jnp.abs(first - second) > 1e-3).any()
+
+
+# Bags made of bags.
+
+# 40 bags of 4 to 30 of 30 examples of two classes; an example is 100 times its class.
+SIZES = np.random.default_rng(1).integers(4, 31, 40)
+PLACES = np.arange(30) < SIZES[:, None]
+MEMBERS = np.random.default_rng(2).random((40, 30)) < np.linspace(0, 1, 40)[:, None]
+SHARE = (MEMBERS & PLACES).sum(1) / SIZES
+PREVALENCES = np.stack([1 - SHARE, SHARE], axis=1).astype(np.float32)
+
+
+def make(function, num_bags=500, *, sizes=SIZES, **kwargs):
+    draw = functools.partial(function, num_bags=num_bags, length=30, **kwargs)
+    return jax.jit(draw)(KEY, jnp.asarray(PREVALENCES), jnp.asarray(sizes))
+
+
+def own_share(bags):
+    """Share of the second class in the examples of each bag."""
+    members = MEMBERS[bags.bag, bags.element] & np.asarray(bags.mask)
+    return members.sum(1) / bags.mask.sum(1)
+
+
+@pytest.mark.parametrize(
+    "function,kwargs",
+    [
+        (samplers.draw_whole_bags, {}),
+        (samplers.mix_bags, {"real_bags": 1.0}),
+        (samplers.join_bags, {"real_bags": 0.0}),
+        (samplers.join_bags, {"real_bags": 0.4}),
+    ],
+)
+def test_whole_bags_have_exact_labels(function, kwargs):
+    bags = make(function, **kwargs)
+    mask = np.asarray(bags.mask)
+    assert PLACES[bags.bag, bags.element][mask].all()
+    np.testing.assert_allclose(bags.prevalence[:, 1], own_share(bags), atol=1e-6)
+    np.testing.assert_allclose(bags.prevalence.sum(1), 1, rtol=1e-6)
+
+
+def test_joined_bags_are_two_bags_and_the_share_asked_for_is_one():
+    bags = make(samplers.join_bags, 2000, real_bags=0.4)
+    assert bags.bag.shape == (2000, 60)
+    second = np.asarray(bags.mask)[:, 30:].any(1)
+    assert stats.binomtest(int((~second).sum()), 2000, 0.4).pvalue > ALPHA
+    sizes = SIZES[bags.bag[:, 0]] + second * SIZES[bags.bag[:, 59]]
+    np.testing.assert_array_equal(bags.mask.sum(1), sizes)
+
+
+def test_the_published_mixer_draws_from_two_bags_and_its_labels_are_noisy():
+    sizes = np.full(40, 30)
+    bags = make(samplers.mix_bags, 4000, sizes=sizes, real_bags=0.1)
+    assert bags.bag.shape == (4000, 30) and np.asarray(bags.mask).all()
+    order = np.asarray(bags.element)
+    real = (order == np.arange(30)).all(1)
+    assert stats.binomtest(int(real.sum()), 4000, 0.1).pvalue > ALPHA
+    mixed = np.asarray(bags.bag)[~real]
+    pair = np.stack([mixed.min(1), mixed.max(1)], 1)
+    assert ((mixed == pair[:, :1]) | (mixed == pair[:, 1:])).all()
+    label = np.asarray(bags.prevalence)[~real]
+    two = (pair[:, 0] != pair[:, 1])[:, None]
+    expected = PREVALENCES[pair].mean(1)
+    np.testing.assert_allclose(label[two[:, 0]], expected[two[:, 0]], atol=1e-6)
+    members = MEMBERS[mixed, order[~real]].mean(1)
+    truth = (MEMBERS[:, :30].mean(1))[pair].mean(1)
+    noise = (members - truth)[two[:, 0]]
+    q = truth[two[:, 0]]
+    # Binomial: examples are drawn with replacement.
+    assert abs(noise.mean()) < 0.01
+    assert noise.std() == pytest.approx(np.sqrt((q * (1 - q) / 30).mean()), rel=0.05)
+
+
+def test_the_label_noise_of_the_published_mixer_on_bags_of_250():
+    """Mean absolute error of the labels of T1A: 0.022."""
+    rng = np.random.default_rng(0)
+    share = rng.random(200)
+    members = np.arange(250) < np.round(250 * share)[:, None]
+    prevalence = np.stack([1 - members.mean(1), members.mean(1)], 1)
+    draw = functools.partial(
+        samplers.mix_bags, num_bags=3000, length=250, real_bags=0.0
+    )
+    bags = jax.jit(draw)(KEY, jnp.asarray(prevalence), jnp.full(200, 250))
+    own = members[bags.bag, bags.element].mean(1)
+    assert abs(own - bags.prevalence[:, 1]).mean() == pytest.approx(0.022, abs=0.001)
+
+
+@pytest.mark.parametrize("num_mixtures", [6, 20])
+def test_pair_weights_mix_two_bags_at_most(num_mixtures):
+    keys = jax.random.split(KEY, 300)
+    draw = functools.partial(
+        samplers.pair_weights, num_mixtures=num_mixtures, num_bags=6, real_bags=0.3
+    )
+    weights = np.asarray(jax.jit(jax.vmap(draw))(keys)).reshape(-1, 6)
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
+    assert (weights >= 0).all()
+    number = (weights > 0).sum(1)
+    assert set(number) == {1, 2}
+    alone = int((number == 1).sum())
+    assert stats.binomtest(alone, len(weights), 0.3).pvalue > ALPHA
+    larger = weights[number == 2].max(1)  # max(w, 1 - w) is uniform in [1/2, 1]
+    assert stats.kstest(larger, stats.uniform(0.5, 0.5).cdf).pvalue > ALPHA

@@ -217,6 +217,29 @@ def test_wrong_shapes_are_named(call, message):
         call(prevalences(20, 3))
 
 
+def test_measures_by_size_have_a_panel_each():
+    measures = {"absolute_error": [0.1, 0.2, None], "exact": [1.0, 0.5, 0.25]}
+    figure = figures.measures_by_size([1, 5.5, 10], measures)
+    error, exact = figure.axes
+    (line,) = error.get_lines()
+    np.testing.assert_allclose(line.get_xydata()[:2], [[1, 0.1], [5.5, 0.2]])
+    (line,) = exact.get_lines()
+    np.testing.assert_allclose(line.get_xydata(), [[1, 1], [5.5, 0.5], [10, 0.25]])
+    assert error.get_title(loc="left") == "absolute error"
+    rendered(figure)
+
+
+def test_predicted_numbers_lie_around_the_diagonal():
+    true = np.arange(2000.0)
+    figure = figures.predicted_numbers(true, true + 1)
+    diagonal, dots = figure.axes[0].get_lines()
+    np.testing.assert_array_equal(diagonal.get_xydata(), [[0, 0], [1999, 1999]])
+    x, y = dots.get_xydata().T
+    assert len(x) == 500
+    np.testing.assert_array_equal(y - x, 1)
+    rendered(figure)
+
+
 def test_names_are_drawn_as_they_stand():
     true = prevalences(20, 3)
     names = ["$\\frac$", "a $ b $", "<script>"]

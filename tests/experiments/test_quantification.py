@@ -312,7 +312,7 @@ def test_batch_statistics_train(vectors):
 class Ordered(archs.DeepSets):
     """Weighs an element by its place: no set network."""
 
-    def aggregate(self, features, mask=None):
+    def aggregate(self, features, mask=None, weights=None):
         place = jnp.arange(features.shape[1])[:, None]
         mask = 1 if mask is None else mask[..., None]
         return (place * features * mask).mean(1)
@@ -321,7 +321,7 @@ class Ordered(archs.DeepSets):
 class Padded(archs.DeepSets):
     """Averages over padding too."""
 
-    def aggregate(self, features, mask=None):
+    def aggregate(self, features, mask=None, weights=None):
         return features.mean(1)
 
 

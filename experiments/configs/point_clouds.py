@@ -1,0 +1,85 @@
+"""Classifying point clouds: `point_clouds.py:MODEL_DATASET[_quick]`.
+
+MODEL is `set_transformer` or `deepsets`; DATASET is `solids`, ten generated surfaces,
+or `modelnet40`, whose folder `--config.dataset.data_dir` names. Clouds have 1,000
+points, those of `_quick` have 100 and training is shorter.
+
+The set transformer is that of Lee et al., ICML 2019, section 5.5, in the form of its
+official code: two ISABs of 16 inducing points, dropout, one seed, dropout, a linear
+layer; Adam at 1e-3. The other network is that of Zaheer et al., "Deep Sets", NeurIPS
+2017: three equivariant layers of 256 tanh units with the maximum, then the maximum of
+all points, dropout, 256 tanh units, dropout. (Their layer maps x - max x; the one here
+has matrices of their own for x and for max x.) Published accuracies on ModelNet40 with
+100 and 1,000 points: 0.845 and 0.866; 0.82 and 0.87.
+"""
+
+from ml_collections import ConfigDict
+
+MODELS = ("set_transformer", "deepsets")
+DATASETS = {"solids": 10, "modelnet40": 40}
+
+
+def get_config(variant: str = "set_transformer_solids_quick") -> ConfigDict:
+    """The config of a variant."""
+    quick = variant.endswith("_quick")
+    model, _, dataset = variant.removesuffix("_quick").rpartition("_")
+    if model not in MODELS or dataset not in DATASETS:
+        raise ValueError(
+            f"there is no variant {variant!r}: MODEL_DATASET or MODEL_DATASET_quick "
+            f"with MODEL one of {', '.join(MODELS)} and DATASET one of "
+            f"{', '.join(DATASETS)}"
+        )
+    num_points = 100 if quick else 1000
+    config = ConfigDict()
+    if dataset == "solids":
+        config.dataset = dict(name="Solids", num_points=num_points)
+    else:
+        config.dataset = dict(
+            name="ModelNet40", num_points=num_points, data_dir="modelnet40"
+        )
+    num_classes = DATASETS[dataset]
+    if model == "set_transformer":
+        config.model = dict(
+            name="SetTransformer",
+            head=dict(name="MLP", hidden_sizes=(), features=num_classes),
+            hidden_size=256,
+            num_heads=4,
+            num_layers=2,
+            num_inducing_points=16,
+            dropout_rate=0.5,
+            block="official",
+            normalization=None,
+        )
+    else:
+        config.model = dict(
+            name="EquivariantNetwork",
+            layer=dict(name="EquivariantLayer", features=256, aggregation="max"),
+            num_layers=3,
+            activation="tanh",
+            aggregation="max",
+            dropout_rate=0.5,
+            head=dict(
+                name="MLP",
+                hidden_sizes=(256,),
+                features=num_classes,
+                activation="tanh",
+                dropout_rate=0.5,
+            ),
+        )
+    config.task = dict(
+        name="SetPrediction",
+        objective="classification",
+        num_sets=64,
+        validation_sets=500,
+        test_sets=2500,
+        evaluation_batch=50,
+    )
+    config.optimizer = dict(
+        name="adam", learning_rate=1e-3, schedule="cosine", clip_norm=5.0
+    )
+    config.training = dict(
+        num_steps=20_000, steps_per_call=20, log_every=200, eval_every=1000
+    )
+    if quick:
+        config.training.update(num_steps=3000, log_every=100, eval_every=300)
+    return config

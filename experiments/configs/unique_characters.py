@@ -1,0 +1,56 @@
+"""How many distinct characters are in a set of images: `unique_characters.py:MODEL`.
+
+MODEL is `deepsets_mean`, `deepsets_sum`, `deepsets_max` or `set_transformer`.
+`config.dataset.source_dir` names the folder of Omniglot's images, see
+`data.UniqueCharacters`.
+
+The protocol, the sizes of the networks, the Poisson likelihood, Adam's 1e-4 and the 32
+sets a step are those of Lee et al., "Set Transformer", ICML 2019, section 5.2, whose
+accuracies after 200,000 steps are 0.4382 with pooling (rFF + Pooling) and 0.6037 with
+SAB + PMA. Here the four convolutions have no batch normalisation, which would mix the
+sets of a batch, the pooling by attention is as wide as the layers before it (64 and 4
+heads instead of 8 and 8), and there are 20,000 steps at ten times the learning rate,
+which falls to zero.
+"""
+
+from ml_collections import ConfigDict
+
+MODELS = ("deepsets_mean", "deepsets_sum", "deepsets_max", "set_transformer")
+
+
+def get_config(variant: str = "set_transformer") -> ConfigDict:
+    """The config of a model."""
+    if variant not in MODELS:
+        raise ValueError(
+            f"there is no variant {variant!r}: it must be one of {', '.join(MODELS)}"
+        )
+    config = ConfigDict()
+    config.dataset = dict(name="UniqueCharacters")
+    encoder = dict(
+        name="CNN", channels=(64, 64, 64, 64), features=64, kernel_size=3, stride=2
+    )
+    if variant == "set_transformer":
+        config.model = dict(
+            name="SetTransformer",
+            head=dict(name="MLP", hidden_sizes=(), features=1),
+            encoder=encoder,
+            hidden_size=64,
+            num_inducing_points=None,
+            normalization=None,
+            block="official",
+        )
+    else:
+        config.model = dict(
+            name="DeepSets",
+            phi=encoder | dict(hidden_sizes=(64, 64, 64)),
+            rho=dict(name="MLP", hidden_sizes=(64,), features=1, activation="relu"),
+            aggregation=variant.removeprefix("deepsets_"),
+        )
+    config.task = dict(
+        name="SetPrediction", objective="poisson_count", num_sets=32, test_sets=10_000
+    )
+    config.optimizer = dict(name="adam", learning_rate=1e-3, schedule="cosine")
+    config.training = dict(
+        num_steps=20_000, steps_per_call=10, log_every=1000, eval_every=1000
+    )
+    return config

@@ -1,0 +1,149 @@
+"""Quantification where every training example has a label: classifiers and bags."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments import metrics
+from experiments.tasks import supervised
+from experiments.tasks.quantification import Quantification
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledQuantification(Quantification):
+    """Learns from the labels of single examples and from the prevalences of bags.
+
+    Each step encodes `num_bags` single examples of classes drawn by `protocol`. The
+    classifiers of the model learn their labels by cross-entropy; each leaves out its
+    own fold of the train split. What they say of the examples they left out makes
+    `mixed_bags` bags, from which calibration and aggregation learn by `loss`: that
+    gradient does not reach the classifiers.
+
+    Attributes:
+      model: an `archs.EMQNet`.
+      bag_weight: of `loss` beside the cross-entropy; 0: the posteriors are taken as
+        the classifiers give them.
+      max_shift: images are shifted by up to so many pixels in height and width.
+      flip: images are mirrored with probability one half.
+    """
+
+    bag_size: int = 1
+    num_bags: int = 128
+    mixed_bags: int = 32
+    bag_weight: float = 1.0
+    max_shift: int = 0
+    flip: bool = False
+
+    def __post_init__(self):
+        if not hasattr(self.model, "classify"):
+            raise ValueError(
+                "LabelledQuantification needs a model with classifiers, EMQNet, not "
+                f"{type(self.model).__name__}"
+            )
+        if self.bag_size != 1 or self.mixed_bags < 1:
+            raise ValueError(
+                "bag_size must be 1 and mixed_bags 1 or more, not "
+                f"{self.bag_size} and {self.mixed_bags}"
+            )
+        if not self.bag_weight >= 0:
+            raise ValueError(f"bag_weight must be 0 or more, not {self.bag_weight}")
+        images = len(self.dataset.spec.feature_shape) == 3
+        if self.max_shift < 0 or ((self.max_shift or self.flip) and not images):
+            raise ValueError(
+                "max_shift must be 0 or more, and max_shift and flip are for images; "
+                f"the examples of {self.dataset.spec.name} have the shape "
+                f"{self.dataset.spec.feature_shape}"
+            )
+        super().__post_init__()
+
+    def _arrays(self) -> dict:
+        arrays = super()._arrays()
+        order = np.asarray(arrays["train"]["table"].order)
+        # Within a class the folds take turns.
+        fold = np.empty(len(order), np.int32)
+        fold[order] = np.arange(len(order)) % self.model.num_members
+        arrays["train"]["fold"] = jnp.asarray(fold)
+        arrays["train"]["labels"] = jnp.asarray(self.dataset.splits["train"]["labels"])
+        return arrays
+
+    def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
+        """Single examples with their folds, and bags of them."""
+        batch = super().sample(key, step, arrays)
+        batch["labels"] = arrays["train"]["labels"][batch["indices"][:, 0]]
+        batch["fold"] = arrays["train"]["fold"][batch["indices"][:, 0]]
+        if self.max_shift or self.flip:
+            views_key = jax.random.fold_in(jax.random.fold_in(key, 1), step)
+            images = batch["inputs"][:, 0]
+            batch["inputs"] = _views(views_key, images, self.max_shift, self.flip)[
+                :, None
+            ]
+        return batch
+
+    def train_step(
+        self, state: supervised.TrainState, batch: Mapping, key: jax.Array
+    ) -> tuple[supervised.TrainState, dict]:
+        """One update; see `loop.Task`."""
+
+        def loss(params, model_state):
+            estimate, logits = self.model.apply(
+                {"params": params, **model_state},
+                batch,
+                rngs={"dropout": key},
+                method=_estimate_and_logits,
+            )
+            labels = jnp.broadcast_to(batch["labels"], logits.shape[:-1])
+            entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            taught = _taught(batch["fold"], len(logits))
+            values = self._measure(self.loss)(batch["prevalence"], estimate)
+            total = (entropy * taught).sum() / len(batch["labels"])
+            total += self.bag_weight * values.mean()
+            return total, (
+                {
+                    self.loss: metrics.masked(values),
+                    "cross_entropy": metrics.masked(entropy, taught),
+                },
+                model_state,
+            )
+
+        return supervised.update(state, loss, self.optimizer, self.training.num_steps)
+
+
+def _taught(fold: jax.Array, num_members: int) -> jax.Array:
+    """Whether a member learns from an example, bool [member, example]."""
+    if num_members == 1:
+        return jnp.ones((1, len(fold)), bool)
+    return fold != jnp.arange(num_members)[:, None]
+
+
+def _estimate_and_logits(
+    model: nn.Module, batch: Mapping
+) -> tuple[jax.Array, jax.Array]:
+    """Prevalences of the bags, [bag, K], and logits to learn, [member, example, K]."""
+    logits = model.classify(batch["inputs"], train=True)[:, :, 0]
+    unseen = model.classify(jax.lax.stop_gradient(batch["inputs"]))[:, :, 0]
+    unseen = unseen[batch["fold"], jnp.arange(logits.shape[1])]  # [example, K]
+    features = model.calibrate(jax.lax.stop_gradient(unseen))
+    estimate = model.decode(model.aggregate(features[batch["elements"]]))
+    return estimate, logits
+
+
+def _views(key: jax.Array, images: jax.Array, max_shift: int, flip: bool) -> jax.Array:
+    """Images [n, height, width, channel], each shifted and mirrored at random."""
+    flip_key, shift_key = jax.random.split(key)
+    if flip:
+        mirrored = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
+        images = jnp.where(mirrored, images[:, :, ::-1], images)
+    width = ((0, 0), (max_shift, max_shift), (max_shift, max_shift), (0, 0))
+    padded = jnp.pad(images, width, mode="edge")
+    offsets = jax.random.randint(shift_key, (len(images), 2), 0, 2 * max_shift + 1)
+
+    def crop(image, offset):
+        start = (offset[0], offset[1], 0)
+        return jax.lax.dynamic_slice(image, start, images.shape[1:])
+
+    return jax.vmap(crop)(padded, offsets)

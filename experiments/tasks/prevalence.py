@@ -1,0 +1,139 @@
+"""What the tasks that learn prevalences of bags share."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from archs import MLP, DeepSets, GMNet, HistNetQ, contracts
+from archs import quantification as measures_of
+
+
+def measure(name: str, bag_size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The measure of that name: `(prevalence, estimate) -> value of each bag`.
+
+    Args:
+      name: of a function of `archs.quantification`.
+      bag_size: m; measures that smooth do so with ε = 1/(2m).
+
+    Raises:
+      ValueError: there is no such measure.
+    """
+    known = {
+        key: value
+        for key, value in vars(measures_of).items()
+        if inspect.isfunction(value)
+        and list(inspect.signature(value).parameters)[:2] == ["prevalence", "estimate"]
+        and not key.startswith("_")
+    }
+    if name not in known:
+        raise ValueError(
+            f"there is no measure {name!r} in archs.quantification, which has "
+            f"{', '.join(known)}"
+        )
+    function = known[name]
+    if "epsilon" in inspect.signature(function).parameters:
+        return partial(function, epsilon=1 / (2 * bag_size))
+    return function
+
+
+def check_set_network(model: nn.Module) -> None:
+    """Raises ValueError for what has no `encode` and `aggregate`."""
+    if not (hasattr(model, "encode") and hasattr(model, "aggregate")):
+        raise ValueError(
+            f"{type(model).__name__} is no set network: it has no encode and "
+            "aggregate; use DeepSets or HistNetQ"
+        )
+
+
+def pools_linearly(model: nn.Module) -> bool:
+    """Whether the representation of a mixture is the mixture of representations."""
+    return isinstance(model, (HistNetQ, GMNet)) or (
+        isinstance(model, DeepSets) and model.aggregation in ("mean", ("mean",))
+    )
+
+
+def bags_or_mixtures(model: nn.Module, batch: Mapping, *, train: bool) -> jax.Array:
+    """Prevalences of the bags of a batch or, where it says how, of their mixtures.
+
+    Args:
+      model: a bound set network.
+      batch: "inputs" [bag, element, *features], perhaps with "mask" [bag, element];
+        with "elements" int [mixture, element], a mixture is those of the bags, which
+        hold one example each; with "weights" [mixture, bag], it is made of the bags'
+        representations.
+      train: switches dropout on.
+    """
+    mask = batch.get("mask")
+    if not {"elements", "weights"} & set(batch):
+        return model(batch["inputs"], mask, train=train)
+    features = model.encode(batch["inputs"], mask, train=train)  # [bag, element, f]
+    if "elements" in batch:
+        features = features[:, 0][batch["elements"]]  # [mixture, element, f]
+    representation = model.aggregate(features, mask)
+    if "weights" in batch:
+        representation = batch["weights"] @ representation  # [mixture, r]
+    return model.decode(representation, train=train)
+
+
+def estimate_in_training(
+    model: nn.Module, params: Any, model_state: Any, batch: Mapping, key: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
+    """What a training step needs of the model, differentiable in `params`.
+
+    Args:
+      model: a set network.
+      params: its parameters.
+      model_state: its other collections.
+      batch: see `bags_or_mixtures`.
+      key: of dropout.
+
+    Returns:
+      Prevalences [bag or mixture, K]; the sum of what the model adds to the loss by
+      sowing it in the collection "losses"; the other collections after the step.
+    """
+    estimate, collections = model.apply(
+        {"params": params, **model_state},
+        batch,
+        train=True,
+        rngs={"dropout": key},
+        mutable=[*model_state, "losses"],
+        method=bags_or_mixtures,
+    )
+    collections = dict(collections)
+    losses = collections.pop("losses", {})
+    added = sum(jax.tree.leaves(losses), start=jnp.float32(0))
+    return estimate, added, collections
+
+
+def check_contracts(model: nn.Module, variables: Mapping, inputs: jax.Array) -> None:
+    """Checks on a corner of a batch that order and padding change nothing.
+
+    Args:
+      model: a set network.
+      variables: its parameters.
+      inputs: [bag, element, *features].
+
+    Raises:
+      AssertionError: naming the contract and the worst element.
+    """
+    elements = inputs[:32].reshape(-1, *inputs.shape[2:])
+    corner = elements[: len(elements) // 2 * 2][:32]
+    corner = corner.reshape(2, -1, *corner.shape[1:])  # two bags
+
+    @jax.jit
+    def apply(inputs: jax.Array, mask: jax.Array | None) -> Any:
+        return model.apply(variables, inputs, mask)
+
+    contracts.assert_permutation_invariant(apply, corner, key=jax.random.key(0))
+    contracts.assert_padding_invariant(apply, corner)
+
+
+def element_encoder(model: nn.Module) -> nn.Module:
+    """The network of one element, φ; one layer for models that do without."""
+    found = getattr(model, "encoder", None) or getattr(model, "phi", None)
+    return MLP((), 128) if found is None else found

@@ -1,0 +1,296 @@
+"""Set prediction: learning a function of generated sets."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import data
+from archs import contracts
+from experiments import metrics
+from experiments.loop import Training
+from experiments.optimizers import Optimizer
+from experiments.report import Section
+from experiments.tasks import set_objectives, set_prediction_report, supervised
+
+# Sets of validation and test are the same for every model and every seed of training.
+EVALUATION_SEED = {"validation": 1, "test": 2}
+
+
+class SetDataset(Protocol):
+    """A dataset that makes its sets when they are needed.
+
+    Attributes:
+      spec: `num_classes` is the number of outputs that its target asks for,
+        `feature_shape` that of one element.
+      arrays: {split: pytree of arrays} that sets are made from; `{}` of a split where
+        nothing is needed.
+    """
+
+    spec: data.Spec
+    arrays: Mapping[str, Any]
+
+    def sample(
+        self, key: jax.Array, num_sets: int, split: str, arrays: Mapping[str, Any]
+    ) -> dict:
+        """Sets of a split, a pure function of the key.
+
+        Args:
+          key: PRNG key.
+          num_sets: how many, static.
+          split: "train", "validation" or "test", static.
+          arrays: `self.arrays`, of all splits.
+
+        Returns:
+          "inputs" float32 [set, element, *feature_shape], "mask" bool [set, element],
+          "target" [set, ...], and what else the objective needs.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class SetPrediction:
+    """Learns what a dataset asks about its sets.
+
+    Every step sees sets never seen before; those of validation and test are fixed.
+
+    Attributes:
+      model: a set network, `model(inputs, mask, train=...)`.
+      dataset: makes the sets, see `SetDataset`.
+      optimizer: the config's.
+      training: the config's.
+      objective: a function of `experiments.tasks.set_objectives`: the loss and the
+        measures.
+      num_sets: sets a step.
+      validation_sets: number of sets of an evaluation during training.
+      test_sets: number of sets of the final evaluation.
+      evaluation_batch: sets that are evaluated at once.
+    """
+
+    model: nn.Module
+    dataset: SetDataset
+    optimizer: Optimizer
+    training: Training
+    objective: str
+    num_sets: int = 128
+    validation_sets: int = 1000
+    test_sets: int = 10_000
+    evaluation_batch: int = 100
+
+    def __post_init__(self):
+        for name in ("num_sets", "validation_sets", "test_sets", "evaluation_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        known = [
+            name
+            for name, value in vars(set_objectives).items()
+            if inspect.isfunction(value)
+            and list(inspect.signature(value).parameters) == ["prediction", "batch"]
+            and not name.startswith("_")
+        ]
+        if self.objective not in known:
+            raise ValueError(
+                f"objective must be one of {', '.join(known)}, not {self.objective!r}"
+            )
+
+    @property
+    def arrays(self) -> Mapping[str, Any]:
+        """What the dataset makes its sets from."""
+        return self.dataset.arrays
+
+    @functools.cached_property
+    def monitor(self) -> str:
+        """The validation measure that decides: the loss, the objective's first."""
+        names: list[str] = []
+
+        def trace(arrays):
+            batch = self.sample(jax.random.key(0), jnp.int32(0), arrays)
+            prediction, _ = self.model.init_with_output(
+                jax.random.key(0), batch["inputs"], batch["mask"]
+            )
+            names.extend(self._measure(prediction, batch))
+
+        jax.eval_shape(trace, self.arrays)
+        return names[0]
+
+    def _measure(self, prediction: Any, batch: Mapping) -> dict:
+        """{measure: (values, mask or None)}, the loss first."""
+        prediction = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), prediction)
+        measured = getattr(set_objectives, self.objective)(prediction, batch)
+        return {
+            name: values if isinstance(values, tuple) else (values, None)
+            for name, values in measured.items()
+        }
+
+    # The methods of `loop.Task`.
+
+    def init(self, key: jax.Array, batch: Mapping) -> supervised.TrainState:
+        """The first state; see `loop.Task`."""
+        inputs, mask = batch["inputs"], batch["mask"]
+        prediction, variables = self.model.init_with_output(key, inputs, mask)
+        # Raises where the prediction is not what the objective needs.
+        jax.eval_shape(self._measure, prediction, batch)
+        return supervised.init_state(variables, self.optimizer, self.training.num_steps)
+
+    def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
+        """Sets of the train split."""
+        key = jax.random.fold_in(key, step)
+        return self.dataset.sample(key, self.num_sets, "train", arrays)
+
+    def train_step(
+        self, state: supervised.TrainState, batch: Mapping, key: jax.Array
+    ) -> tuple[supervised.TrainState, dict]:
+        """One update; see `loop.Task`."""
+
+        def loss(params, model_state):
+            prediction, model_state = self.model.apply(
+                {"params": params, **model_state},
+                batch["inputs"],
+                batch["mask"],
+                train=True,
+                rngs={"dropout": key},
+                mutable=list(model_state),
+            )
+            measured = {
+                name: metrics.masked(*values)
+                for name, values in self._measure(prediction, batch).items()
+            }
+            total, count = next(iter(measured.values()))
+            return total / jnp.maximum(count, 1), (measured, model_state)
+
+        return supervised.update(state, loss, self.optimizer, self.training.num_steps)
+
+    def num_eval_batches(self, split: str) -> int:
+        """Batches of `evaluation_batch` sets."""
+        return -(-self._num_evaluation_sets(split) // self.evaluation_batch)
+
+    def _num_evaluation_sets(self, split: str) -> int:
+        return self.validation_sets if split == "validation" else self.test_sets
+
+    def prepare_evaluation(
+        self, state: supervised.TrainState, split: str, arrays: Mapping
+    ) -> supervised.TrainState:
+        """The state; see `loop.Task`."""
+        return state
+
+    def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
+        """Sets of a split; "counted" leaves out those beyond the number asked for."""
+        key = jax.random.fold_in(jax.random.key(EVALUATION_SEED[split]), index)
+        batch = self.dataset.sample(key, self.evaluation_batch, split, arrays)
+        number = index * self.evaluation_batch + jnp.arange(self.evaluation_batch)
+        return batch | {"counted": number < self._num_evaluation_sets(split)}
+
+    def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:
+        """The objective's measures, averaged over sets."""
+        prediction = self.model.apply(state.variables, batch["inputs"], batch["mask"])
+        sums = {}
+        for name, (values, mask) in self._measure(prediction, batch).items():
+            counted = batch["counted"].reshape(-1, *(1,) * (values.ndim - 1))
+            sums[name] = metrics.masked(
+                values, counted if mask is None else counted & mask
+            )
+        return sums
+
+    def after_evaluation(
+        self, state: supervised.TrainState, means: Mapping
+    ) -> tuple[supervised.TrainState, jax.Array]:
+        """The plateau schedule; see `loop.Task`."""
+        return supervised.after_evaluation(state, means[self.monitor], self.optimizer)
+
+    # What the runner calls besides.
+
+    def check_contracts(self, state: supervised.TrainState, batch: Mapping) -> None:
+        """Checks on a corner of a batch that order and padding change nothing.
+
+        Outputs of a model that answers element by element must follow their elements.
+
+        Raises:
+          AssertionError: naming the contract and the worst element.
+        """
+        elements = np.asarray(batch["inputs"])[np.asarray(batch["mask"])][:32]
+        size = len(elements) // 2
+        inputs = elements[: 2 * size].reshape(2, size, *elements.shape[1:])  # two sets
+
+        @jax.jit
+        def model(inputs, mask):
+            return self.model.apply(state.variables, inputs, mask)
+
+        key = jax.random.key(0)
+        if not _answers_by_element(model, inputs):
+            contracts.assert_permutation_invariant(model, inputs, key=key)
+            contracts.assert_padding_invariant(model, inputs)
+            return
+
+        def moments(inputs, mask):
+            output = model(inputs, mask)  # [set, element, ...]
+            real = mask.reshape(*mask.shape, *(1,) * (output.ndim - 2))
+            output = jnp.where(real, output, 0)
+            return output.sum(1), jnp.square(output).sum(1)
+
+        contracts.assert_permutation_equivariant(model, inputs, key=key)
+        contracts.assert_padding_invariant(moments, inputs)
+
+    def report(
+        self, state: supervised.TrainState, workdir: Path, seed: int
+    ) -> list[Section]:
+        """Sections of the report; writes `test_sets.npz`."""
+        return set_prediction_report.sections(self, state, workdir)
+
+    def evaluation_sets(
+        self, state: supervised.TrainState, split: str
+    ) -> tuple[dict, dict, dict]:
+        """All sets of an evaluation.
+
+        Returns:
+          What was learned from them, without the inputs: the batch's "mask", "target"
+          and others, and the "prediction", each [set, ...]; the measures, {name: values
+          [set, ...], masked ones being NaN where the mask is False}; and the first
+          batch whole, with its "prediction".
+        """
+
+        @jax.jit
+        def evaluate(state, arrays, index):
+            batch = self.eval_batch(split, index, arrays)
+            prediction = self.model.apply(
+                state.variables, batch["inputs"], batch["mask"]
+            )
+            measures = {
+                name: values if mask is None else jnp.where(mask, values, jnp.nan)
+                for name, (values, mask) in self._measure(prediction, batch).items()
+            }
+            return batch | {"prediction": prediction}, measures
+
+        first: dict = {}
+        rows = []
+        for index in range(self.num_eval_batches(split)):
+            batch, measures = evaluate(state, self.arrays, np.int32(index))
+            first = first or jax.device_get(batch)
+            kept = {
+                name: leaf
+                for name, leaf in batch.items()
+                if name not in ("inputs", "counted")
+            }
+            rows.append(jax.device_get((kept, measures)))
+        total = self._num_evaluation_sets(split)
+        outputs, measures = jax.tree.map(
+            lambda *leaves: np.concatenate(leaves)[:total], *rows
+        )
+        return outputs, measures, first
+
+
+def _answers_by_element(model: Callable, inputs: np.ndarray) -> bool:
+    """Whether the shape of the output follows the number of elements."""
+    shapes = [
+        jax.tree.map(
+            lambda leaf: leaf.shape,
+            jax.eval_shape(model, elements, np.ones(elements.shape[:2], bool)),
+        )
+        for elements in (inputs, inputs[:, 1:])
+    ]
+    return shapes[0] != shapes[1]

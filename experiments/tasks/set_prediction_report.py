@@ -1,0 +1,98 @@
+"""What the report of a set prediction run shows besides the training curves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import figures
+from experiments.report import Section
+from experiments.tasks import clustering_report, set_classification_report
+
+# More set sizes than this are shown in groups.
+MAX_GROUPS = 12
+
+
+def sections(task: Any, state: Any, workdir: Path) -> list[Section]:
+    """Sections of the report; writes `test_sets.npz` (sizes and measures).
+
+    An objective has sections of its own where this module has a function
+    `OBJECTIVE_sections(outputs, first) -> list[Section]` of what
+    `SetPrediction.evaluation_sets` returns: the outputs of all test sets, and the first
+    batch whole.
+
+    Args:
+      task: the run's `SetPrediction`.
+      state: the trained state.
+      workdir: the run's.
+    """
+    outputs, measures, first = task.evaluation_sets(state, "test")
+    sizes = outputs["mask"].sum(1)
+    np.savez_compressed(workdir / "test_sets.npz", size=sizes, **measures)
+    table = measures_by_size(sizes, measures)
+    centers = [sizes[group].mean() for group in size_groups(sizes)]
+    columns = {
+        name: [row[name.replace("_", " ")] for row in table] for name in measures
+    }
+    by_size = Section(
+        title="Test sets by size",
+        text=f"{len(sizes)} sets; means over the sets of a size.",
+        figure=figures.measures_by_size(centers, columns) if len(table) > 1 else None,
+        table=table,
+    )
+    own = globals().get(f"{task.objective}_sections")
+    return [by_size, *(own(outputs, first) if own else [])]
+
+
+def absolute_error_sections(outputs: Mapping, first: Mapping) -> list[Section]:
+    """True against predicted numbers, and how much of their variance is explained."""
+    del first
+    true, predicted = outputs["target"].ravel(), outputs["prediction"].ravel()
+    unexplained = np.square(predicted - true).mean() / max(true.var(), 1e-12)
+    return [
+        Section(
+            title="True and predicted numbers",
+            text=f"The mean squared error is {unexplained:.4g} of the variance "
+            f"{true.var():.4g} of the true numbers, that is of the error of a model "
+            "that always answers their mean.",
+            figure=figures.predicted_numbers(true, predicted),
+        )
+    ]
+
+
+squared_error_sections = digit_sum_sections = absolute_error_sections
+
+mixture_sections = clustering_report.mixture_sections
+classification_sections = set_classification_report.classification_sections
+element_classification_sections = (
+    set_classification_report.element_classification_sections
+)
+
+
+def size_groups(sizes: np.ndarray) -> list[np.ndarray]:
+    """Indices of the sets of each size, or of ranges of sizes where there are many."""
+    distinct = np.unique(sizes)
+    ranges = np.array_split(distinct, min(len(distinct), MAX_GROUPS))
+    return [np.flatnonzero(np.isin(sizes, some)) for some in ranges]
+
+
+def measures_by_size(
+    sizes: np.ndarray, measures: Mapping[str, np.ndarray]
+) -> list[dict]:
+    """A row per group of sizes: the range, how many sets, the mean of each measure.
+
+    NaN values, which measure nothing, are left out.
+    """
+    rows = []
+    for group in size_groups(sizes):
+        low, high = sizes[group].min(), sizes[group].max()
+        row = {
+            "elements": str(low) if low == high else f"{low} to {high}",
+            "sets": len(group),
+        }
+        for name, values in measures.items():
+            real = values[group][~np.isnan(values[group])]
+            row[name.replace("_", " ")] = float(real.mean()) if len(real) else None
+        rows.append(row)
+    return rows

@@ -1,0 +1,201 @@
+import io
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+import data
+
+KEY = jax.random.key(0)
+
+
+def draw(dataset, num_sets, split, key=KEY):
+    sample = jax.jit(dataset.sample, static_argnums=(1, 2))
+    batch = sample(key, num_sets, split, dataset.arrays)
+    return jax.tree.map(np.asarray, batch)
+
+
+# Sums of digits.
+
+
+@pytest.fixture(scope="module")
+def digit_sums():
+    return data.ImageDigitSums("digits", max_size=4, test_max_size=9)
+
+
+@pytest.mark.parametrize(("split", "max_size"), [("train", 4), ("test", 9)])
+def test_labels_of_the_images_add_up(digit_sums, split, max_size):
+    batch = draw(digit_sums, 50, split)
+    assert batch["inputs"].shape == (50, max_size, 8, 8, 1)
+    assert not batch["inputs"][~batch["mask"]].any()
+    arrays = data.load("digits")
+    known = {
+        np.asarray(data.normalize(image, arrays.shift, arrays.scale)).tobytes(): label
+        for image, label in zip(*arrays.splits[split].values(), strict=True)
+    }
+    for inputs, mask, target in zip(
+        batch["inputs"], batch["mask"], batch["target"], strict=True
+    ):
+        assert target == sum(known[image.tobytes()] for image in inputs[mask])
+    assert set(batch["mask"].sum(1)) == set(range(1, max_size + 1))
+
+
+def test_the_source_of_the_images_is_told(digit_sums):
+    assert "scikit-learn" in digit_sums.spec.source
+    assert digit_sums.spec.num_classes == 1
+
+
+# Unique characters.
+
+NUM_CHARACTERS = 20
+NUM_DRAWINGS = 6
+
+
+def drawing(alphabet, character, number):
+    """A drawing that tells which it is: a black row and a black column on white."""
+    image = np.full((105, 105), True)
+    image[5 * (10 * alphabet + character)] = False
+    image[:, 5 * number] = False
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def files(alphabets=(0, 1), drawings=NUM_DRAWINGS):
+    return {
+        f"alphabet{a}/character{c:02d}/{n:04d}.png": drawing(a, c, n)
+        for a in alphabets
+        for c in range(NUM_CHARACTERS // 2)
+        for n in range(drawings)
+    }
+
+
+def write_zip(path, content):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(f"{path.stem}/{name}", data)
+
+
+@pytest.fixture(scope="module")
+def omniglot(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("omniglot")
+    write_zip(folder / "images_background_small1.zip", files())
+    return str(folder)
+
+
+def characters(omniglot, **fields):
+    fields = {"min_size": 2, "max_size": 5, "image_size": 105} | fields
+    fields = {"validation_fraction": 0.3, "test_fraction": 0.3} | fields
+    return data.UniqueCharacters(omniglot, **fields)
+
+
+def which(image):
+    """(alphabet and character, number of the drawing) of an image."""
+    ink = image[..., 0] > 0.5
+    row = np.flatnonzero(ink.all(1))
+    column = np.flatnonzero(ink.all(0))
+    assert len(row) == len(column) == 1
+    return row[0] // 5, column[0] // 5
+
+
+def test_the_target_is_how_many_characters_differ(omniglot):
+    dataset = characters(omniglot)
+    batch = draw(dataset, 400, "train")
+    assert batch["inputs"].shape == (400, 5, 105, 105, 1)
+    assert not batch["inputs"][~batch["mask"]].any()
+    first_are_distinct = 0
+    for inputs, mask, target in zip(
+        batch["inputs"], batch["mask"], batch["target"], strict=True
+    ):
+        found = [which(image) for image in inputs[mask]]
+        assert len({character for character, _ in found}) == target
+        assert len(set(found)) == len(found)  # no drawing twice
+        count = int(target[0])
+        first_are_distinct += len({c for c, _ in found[:count]}) == count
+    # Were elements not shuffled, the first `target` ones would always differ.
+    assert first_are_distinct < 350
+    size = batch["mask"].sum(1)
+    assert set(size) == {2, 3, 4, 5}
+    for n in range(2, 6):
+        counts = np.bincount(batch["target"][size == n, 0].astype(int))[1:]
+        assert len(counts) == n and stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_splits_have_characters_of_their_own(omniglot):
+    dataset = characters(omniglot)
+    assert dataset.spec.sizes == {"train": 8, "validation": 6, "test": 6}
+    found = [
+        {which(image)[0] for image in images[:, 0, :, :, None] / 255}
+        for images in dataset.arrays.values()
+    ]
+    assert sum(map(len, found)) == len(set.union(*found)) == NUM_CHARACTERS
+    other = characters(omniglot, split_seed=1)
+    assert (dataset.arrays["train"] != other.arrays["train"]).any()
+
+
+def test_folders_and_archives_are_read_alike_and_characters_once(omniglot, tmp_path):
+    expected = characters(omniglot).arrays
+    for name, content in files(alphabets=(0,)).items():
+        path = tmp_path / "images_background" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    # The small archives have alphabets in common with the large one.
+    write_zip(tmp_path / "images_background_small2.zip", files())
+    found = characters(str(tmp_path)).arrays
+    jax.tree.map(np.testing.assert_array_equal, expected, found)
+
+
+def test_images_are_scaled_down_and_ink_is_one(omniglot):
+    dataset = characters(omniglot, image_size=21)
+    batch = draw(dataset, 20, "test")
+    assert batch["inputs"].shape == (20, 5, 21, 21, 1)
+    real = batch["inputs"][batch["mask"]]
+    # A row and a column of 105 pixels, averaged over squares of five by five.
+    np.testing.assert_allclose(real.mean((1, 2, 3)), (2 * 105 - 1) / 105**2, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"source_dir": None}, "source_dir is not set. Put images_background.zip"),
+        ({"source_dir": "/no/such"}, "/no/such, which is no folder. Put"),
+        ({"max_size": 7}, r"6 images each, but sets may need 7 \(max_size\)"),
+        ({"test_fraction": 0.1}, r"test split has 2 of the 20 .* need 5 \(max_size\)"),
+    ],
+)
+def test_missing_images_are_named(omniglot, fields, sentence):
+    fields = {"omniglot": omniglot} | fields
+    source = fields.pop("source_dir", fields.pop("omniglot"))
+    with pytest.raises(data.DataError, match=sentence):
+        _ = characters(source, **fields).arrays
+
+
+def test_damaged_files_are_named(tmp_path):
+    with pytest.raises(data.DataError, match="no images of characters in .* Put"):
+        _ = characters(str(tmp_path)).arrays
+    archive = tmp_path / "images_background.zip"
+    write_zip(archive, files() | files(alphabets=(0,), drawings=NUM_DRAWINGS + 1))
+    with pytest.raises(data.DataError, match="the same number .* from 6 to 7"):
+        _ = characters(str(tmp_path)).arrays
+    write_zip(archive, {"alphabet0/character01/0001.png": b"no image"})
+    with pytest.raises(data.DataError, match="0001.png in .* cannot be read"):
+        _ = characters(str(tmp_path)).arrays
+    archive.write_bytes(b"no archive")
+    with pytest.raises(data.DataError, match="images_background.zip cannot be read"):
+        _ = characters(str(tmp_path)).arrays
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"min_size": 0}, "min_size must be 1 or more, not 0"),
+        ({"test_fraction": 1.0}, "test_fraction must lie between 0 and 1, not 1.0"),
+        ({"test_fraction": 0.8}, "must leave something to learn"),
+    ],
+)
+def test_impossible_values_are_named(omniglot, fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        characters(omniglot, **fields)

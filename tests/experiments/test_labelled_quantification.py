@@ -1,0 +1,134 @@
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import archs
+from experiments import loop
+from experiments.optimizers import Optimizer
+from experiments.progress import Progress
+from experiments.tasks import LabelledQuantification, labelled_quantification
+
+TRAINING = loop.Training(num_steps=150, steps_per_call=30, log_every=30, eval_every=150)
+
+
+def task(dataset, num_members=3, **fields):
+    model = archs.EMQNet(archs.MLP((16,), 8), dataset.spec.num_classes, num_members, 20)
+    fields = {"num_bags": 30, "mixed_bags": 8, "evaluation_bag_size": 20} | fields
+    fields = {"validation_bags": 40, "test_bags": 40, "baselines": False} | fields
+    optimizer = Optimizer(name="adam", learning_rate=0.02)
+    return LabelledQuantification(model, dataset, optimizer, TRAINING, **fields)
+
+
+@pytest.fixture(scope="module")
+def small(vectors):
+    return task(vectors)
+
+
+@pytest.fixture(scope="module")
+def batch(small):
+    return jax.jit(small.sample)(jax.random.key(1), 0, small.arrays)
+
+
+def test_bags_are_labelled_by_the_examples_in_them(small, batch):
+    labels = np.asarray(small.dataset.splits["train"]["labels"])
+    found = labels[np.asarray(batch["indices"])[:, 0]]
+    np.testing.assert_array_equal(batch["labels"], found)
+    members = found[np.asarray(batch["elements"])]  # [bag, element]
+    expected = np.stack([(members == k).mean(1) for k in range(3)], axis=1)
+    np.testing.assert_allclose(batch["prevalence"], expected, atol=1e-6)
+
+
+def test_folds_share_every_class_evenly(small):
+    fold = np.asarray(small.arrays["train"]["fold"])
+    labels = np.asarray(small.arrays["train"]["labels"])
+    for label in range(3):
+        count = np.bincount(fold[labels == label], minlength=3)
+        assert count.max() - count.min() <= 1
+
+
+def gradient(small, batch, weight):
+    """Of a step of plain gradient descent."""
+    settings = {"bag_weight": weight, "validation_bags": 20}
+    changed = task(small.dataset, **settings)
+    object.__setattr__(changed, "optimizer", Optimizer(name="sgd", learning_rate=1.0))
+    state = changed.init(jax.random.key(0), batch)
+    after, _ = jax.jit(changed.train_step)(state, batch, jax.random.key(2))
+    return jax.tree.map(lambda a, b: np.asarray(a - b), state.params, after.params)
+
+
+def test_bags_teach_the_calibration_and_labels_the_classifiers(small, batch):
+    with_bags, without = gradient(small, batch, 1.0), gradient(small, batch, 0.0)
+    for name in ("log_scale", "bias", "mixing", "pseudo_count"):
+        assert np.abs(with_bags[name]).max() > 0
+        assert np.abs(without[name]).max() == 0
+    for name in ("classifiers_0", "classifiers_2"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+            with_bags[name],
+            without[name],
+        )
+
+
+def test_a_member_never_learns_from_its_own_fold(small, batch):
+    """Wrong labels in fold 1 leave classifier 1 as it is, and change the others."""
+    wrong = jnp.where(batch["fold"] == 1, (batch["labels"] + 1) % 3, batch["labels"])
+    right, changed = (
+        gradient(small, batch | {"labels": labels}, 0.0)
+        for labels in (batch["labels"], wrong)
+    )
+    kernel = lambda g, member: g[f"classifiers_{member}"]["Dense_0"]["kernel"]  # noqa: E731
+    np.testing.assert_array_equal(kernel(right, 1), kernel(changed, 1))
+    assert np.abs(kernel(right, 0) - kernel(changed, 0)).max() > 1e-4
+
+
+def test_it_learns(small, tmp_path):
+    state = loop.train(small, TRAINING, tmp_path, 0, Progress(150, io.StringIO()))
+    measured = loop.compile_evaluation(small)(state, "test")
+    start = jax.jit(small.init)(
+        jax.random.key(0), {"inputs": jnp.zeros((30, 1, 2)), "labels": None}
+    )
+    before = loop.compile_evaluation(small)(start, "test")
+    assert measured["absolute_error"] < 0.06 < before["absolute_error"]
+
+
+def test_views_shift_and_mirror():
+    images = jax.random.uniform(jax.random.key(0), (64, 6, 5, 1))
+    views = labelled_quantification._views(jax.random.key(1), images, 1, True)
+    found = set()
+    for image, view in zip(np.asarray(images), np.asarray(views), strict=True):
+        padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
+        mirrored = np.pad(image[:, ::-1], ((1, 1), (1, 1), (0, 0)), mode="edge")
+        matches = [
+            (side, y, x)
+            for side, source in enumerate((padded, mirrored))
+            for y in range(3)
+            for x in range(3)
+            if np.array_equal(source[y : y + 6, x : x + 5], view)
+        ]
+        assert len(matches) == 1
+        found.add(matches[0])
+    assert len(found) > 12
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bag_size": 2}, "bag_size must be 1"),
+        ({"mixed_bags": 0}, "mixed_bags 1 or more"),
+        ({"bag_weight": -1.0}, "bag_weight must be 0 or more"),
+        ({"max_shift": 1}, "for images"),
+        ({"flip": True}, "for images"),
+    ],
+)
+def test_impossible_settings_are_refused(vectors, fields, message):
+    with pytest.raises(ValueError, match=message):
+        task(vectors, **fields)
+
+
+def test_a_model_without_classifiers_is_refused(vectors, small):
+    model = archs.DeepSets(archs.MLP((), 4), archs.PrevalenceHead((), 3))
+    with pytest.raises(ValueError, match="EMQNet, not DeepSets"):
+        LabelledQuantification(model, vectors, small.optimizer, TRAINING)
