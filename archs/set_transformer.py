@@ -56,8 +56,8 @@ def attend(
 ) -> jax.Array:
     """`softmax(Q K' + log w) V`, where a query without any key gets 0.
 
-    Where there are many logits they are computed in blocks of `block_size`, and again
-    in the backward pass, which keeps the logarithm of each query's normaliser alone.
+    More logits than four blocks of `block_size` are computed block by block, and again
+    in the backward pass, for which only each query's log-normaliser is kept.
 
     Args:
       queries: [bag, head, query, d], scaled.

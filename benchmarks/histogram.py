@@ -1,6 +1,6 @@
 """Time and memory of the histograms and of HistNetQ's training step, against PyTorch.
 
-    python -m benchmarks.histogram [--runs 10]
+    python -m benchmarks.histogram [--runs 10] [--steps]
 
 The PyTorch side is the published formulation: grouped 1x1 convolutions that hold bag x
 features x bins. Forward and backward are measured together and both results are kept.
@@ -42,9 +42,24 @@ KINDS = [
     ("SigmoidHistogram", "SigmoidHistogram"),
     ("HardBinningHistogram", "HardBinningHistogram"),
 ]
-# LeQua T1A as published.
-T1A = {"shape": (20, 250, 300), "num_bins": 32}
-HIDDEN_SIZES, FEATURES, HEAD_SIZES, NUM_CLASSES = (1024, 1024), 300, (2048,) * 3, 2
+# Steps of LeQua 2022 as published; of T1B one of the twenty of an update.
+STEPS = {
+    "T1A": {
+        "shape": (20, 250, 300),
+        "hidden_sizes": (1024, 1024),
+        "features": 300,
+        "head_sizes": (2048,) * 3,
+        "num_classes": 2,
+    },
+    "T1B": {
+        "shape": (25, 1000, 300),
+        "hidden_sizes": (1024,),
+        "features": 512,
+        "head_sizes": (4096,),
+        "num_classes": 28,
+    },
+}
+NUM_BINS = 32
 DROPOUT_RATE, LEARNING_RATE, WEIGHT_DECAY = 0.5, 1e-4, 1e-5
 
 
@@ -166,14 +181,14 @@ def histogram_torch(kind, shape, num_bins, runs):
     return measure(both, runs)
 
 
-def t1a_batch():
+def batch(shape, num_classes):
     rng = np.random.default_rng(0)
-    inputs = rng.standard_normal(T1A["shape"], np.float32)
-    prevalence = rng.dirichlet([1] * NUM_CLASSES, T1A["shape"][0])
+    inputs = rng.standard_normal(shape, np.float32)
+    prevalence = rng.dirichlet([1] * num_classes, shape[0])
     return inputs, prevalence.astype(np.float32)
 
 
-def step_jax(kind, runs):
+def step_jax(kind, name, runs):
     import jax
     import jax.numpy as jnp
     import optax
@@ -182,13 +197,14 @@ def step_jax(kind, runs):
     from archs.encoders import MLP
     from archs.histnetq import HistNetQ, PrevalenceHead
 
+    sizes = STEPS[name]
     model = HistNetQ(
-        encoder=MLP(HIDDEN_SIZES, FEATURES, dropout_rate=DROPOUT_RATE),
-        histogram=getattr(histogram, kind)(T1A["num_bins"]),
-        head=PrevalenceHead(HEAD_SIZES, NUM_CLASSES, dropout_rate=DROPOUT_RATE),
+        encoder=MLP(sizes["hidden_sizes"], sizes["features"], DROPOUT_RATE),
+        histogram=getattr(histogram, kind)(NUM_BINS),
+        head=PrevalenceHead(sizes["head_sizes"], sizes["num_classes"], DROPOUT_RATE),
     )
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    inputs, prevalence = map(jnp.asarray, t1a_batch())
+    inputs, prevalence = map(jnp.asarray, batch(sizes["shape"], sizes["num_classes"]))
     variables = jax.jit(model.init)(jax.random.key(0), inputs[:1])
     key = jax.random.key(1)
 
@@ -219,7 +235,7 @@ def step_jax(kind, runs):
     return {**measure(run, runs), "allocated": allocated}
 
 
-def step_torch(kind, runs):
+def step_torch(kind, name, runs):
     import torch
     from torch import nn
 
@@ -230,13 +246,14 @@ def step_torch(kind, runs):
             layers.append(nn.Dropout(DROPOUT_RATE))
         return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
 
-    inputs, prevalence = map(torch.tensor, t1a_batch())
-    num_bins = T1A["num_bins"]
+    sizes = STEPS[name]
+    features, num_classes = sizes["features"], sizes["num_classes"]
+    inputs, prevalence = map(torch.tensor, batch(sizes["shape"], num_classes))
     model = nn.Sequential(
-        mlp(inputs.shape[-1], *HIDDEN_SIZES, FEATURES),
+        mlp(inputs.shape[-1], *sizes["hidden_sizes"], features),
         nn.Sigmoid(),
-        torch_histogram(kind, FEATURES, num_bins),
-        mlp(FEATURES * num_bins, *HEAD_SIZES, NUM_CLASSES),
+        torch_histogram(kind, features, NUM_BINS),
+        mlp(features * NUM_BINS, *sizes["head_sizes"], num_classes),
         nn.Softmax(-1),
     )
     optimizer = torch.optim.AdamW(
@@ -288,6 +305,7 @@ def row(work: str, kinds: tuple[str, str], ours: dict, theirs: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.histogram")
     parser.add_argument("--runs", type=int, default=10, help="timed runs of each")
+    parser.add_argument("--steps", action="store_true", help="training steps alone")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -312,7 +330,7 @@ def main() -> None:
     ]
     print(f"| {' | '.join(header)} |")
     print("|" + "---|" * len(header))
-    for shape, num_bins in SHAPES:
+    for shape, num_bins in SHAPES if not args.steps else ():
         work = f"{' x '.join(map(str, shape))}, {num_bins} bins"
         for kinds in KINDS:
             ours, theirs = (
@@ -320,11 +338,13 @@ def main() -> None:
                 for side, kind in zip(("jax", "torch"), kinds, strict=True)
             )
             print(row(work, kinds, ours, theirs), flush=True)
-    for kinds in KINDS[:2]:
-        ours = in_process("step_jax", kinds[0], args.runs)
-        theirs = in_process("step_torch", "HardBinningHistogram", args.runs)
-        pair = kinds[0], "HardBinningHistogram"
-        print(row("HistNetQ, T1A training step", pair, ours, theirs), flush=True)
+    for name in STEPS:
+        for kinds in KINDS[:2]:
+            ours = in_process("step_jax", kinds[0], name, args.runs)
+            theirs = in_process("step_torch", "HardBinningHistogram", name, args.runs)
+            pair = kinds[0], "HardBinningHistogram"
+            work = f"HistNetQ, {name} training step"
+            print(row(work, pair, ours, theirs), flush=True)
 
 
 if __name__ == "__main__":

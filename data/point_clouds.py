@@ -118,8 +118,8 @@ class Solids:
     """Points on the surface of one of ten solids, to be told which.
 
     Points are drawn uniformly by area (a helix: by length) and brought to mean 0 and a
-    root mean square distance of 1 from it. Then the cloud is turned by a rotation
-    drawn uniformly, multiplied by a number between 0.8 and 1.25, and blurred by
+    root mean square distance of 1 from it. Then the cloud is turned about the third
+    axis by any angle, multiplied by a number between 0.8 and 1.25, and blurred by
     Gaussian noise; some of its points are replaced by others, drawn uniformly from the
     ball of radius 2. Every split draws anew.
 
@@ -178,7 +178,8 @@ class Solids:
         uniform = jax.random.uniform(keys[1], (*shape, 4))
         surfaces = jnp.stack([surface(uniform) for surface in SOLIDS.values()])
         points = surfaces[target, jnp.arange(num_sets)]
-        points = standardize(points) @ random_rotations(keys[2], num_sets)
+        angle = jax.random.uniform(keys[2], (num_sets,), maxval=2 * math.pi)
+        points = standardize(points) @ _about_third_axis(angle)
         scale = jax.random.uniform(keys[3], (num_sets, 1, 1), minval=0.8, maxval=1.25)
         points = scale * points + self.noise * jax.random.normal(keys[4], (*shape, 3))
         ball = 2 * jax.random.ball(keys[5], 3, shape=shape)
@@ -195,22 +196,6 @@ def standardize(points: jax.Array) -> jax.Array:
     points = points - points.mean(-2, keepdims=True)
     square = jnp.mean(jnp.sum(points**2, -1, keepdims=True), -2, keepdims=True)
     return points / jnp.sqrt(jnp.maximum(square, 1e-12))
-
-
-def random_rotations(key: jax.Array, count: int) -> jax.Array:
-    """Rotation matrices [count, 3, 3], uniform over all rotations.
-
-    A normal vector of four numbers, divided by its length, is a uniform unit
-    quaternion (Shoemake, "Uniform random rotations", Graphics Gems III, 1992).
-    """
-    q = jax.random.normal(key, (count, 4))
-    w, x, y, z = jnp.moveaxis(q / jnp.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return jnp.stack([jnp.stack(row, -1) for row in rows], -2)
 
 
 @dataclasses.dataclass(frozen=True)

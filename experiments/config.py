@@ -222,6 +222,14 @@ def _dataset_classes() -> dict[str, type]:
 def _dataset_signature(section: Any) -> dict:
     name = section.get("name") if isinstance(section, Mapping) else None
     factory = dataset_factory(name)
+    # Classes begin with a capital letter, the names of `data.load` do not.
+    if factory is data.load and isinstance(name, str) and name[:1].isupper():
+        classes = _dataset_classes()
+        raise UserError(
+            f"config.dataset.name: there is no {name!r} in data"
+            f"{_nearest(name, classes)} It has: {', '.join(classes)}; for labelled "
+            "examples see data.load."
+        )
     own = {} if factory is data.load else {"name": (str, REQUIRED)}
     return own | _signature(factory)
 

@@ -3,8 +3,9 @@
     quantifier = Quantifier(num_steps=1000).fit(X, y)
     quantifier.predict(bag)  # the prevalences of `quantifier.classes_` in the bag
 
-Training is that of `run.py`: the tasks `Quantification` and `BagQuantification` in
-`loop.train`. QuaPy's protocols and `quapy.evaluation` take it for one of theirs.
+Training is that of `run.py`: the tasks `Quantification`, `LabelledQuantification` (for
+`EMQNet`) and `BagQuantification` in `loop.train`. QuaPy's protocols and
+`quapy.evaluation` take it for one of theirs.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ from experiments.optimizers import Optimizer
 from experiments.predict import LEVEL, interval, pad
 from experiments.progress import Progress
 from experiments.tasks.bag_quantification import BagQuantification
+from experiments.tasks.labelled_quantification import LabelledQuantification
 from experiments.tasks.prevalence import pools_linearly
 from experiments.tasks.quantification import Quantification
 
@@ -69,6 +71,7 @@ class Quantifier(BaseEstimator):
       learning_rate: of AdamW.
       warmup_steps: steps of linear rise of the rate.
       clip_norm: largest norm of the gradient; None: no clipping.
+      weight_decay: of AdamW.
       num_bags: bags a step; None: 256 in `fit`, 20 in `fit_bags`.
       bag_size: examples of a bag that `fit` draws.
       mixed_bags: mixtures of its bags that a step learns from, see `Quantification`
@@ -99,6 +102,7 @@ class Quantifier(BaseEstimator):
         learning_rate: float = 1e-3,
         warmup_steps: int = 0,
         clip_norm: float | None = None,
+        weight_decay: float = 0.0,
         num_bags: int | None = None,
         bag_size: int = 1,
         mixed_bags: int = 64,
@@ -115,6 +119,7 @@ class Quantifier(BaseEstimator):
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.clip_norm = clip_norm
+        self.weight_decay = weight_decay
         self.num_bags = num_bags
         self.bag_size = bag_size
         self.mixed_bags = mixed_bags
@@ -152,8 +157,9 @@ class Quantifier(BaseEstimator):
             for name, part in (("train", train), ("validation", validation))
         }
         self._set_normalization(X[train])
+        learns_labels = hasattr(self._network(), "classify")
         return self._train(
-            Quantification,
+            LabelledQuantification if learns_labels else Quantification,
             data.Dataset(self._spec(splits), splits, self._shift, self._scale),
             num_bags=256 if self.num_bags is None else self.num_bags,
             bag_size=self.bag_size,
@@ -188,6 +194,11 @@ class Quantifier(BaseEstimator):
             self._feature_shape = checked[0].shape[1:]
             self._check_shape(checked[-1])
         self.classes_ = np.arange(prevalences.shape[1])
+        if hasattr(self._network(), "classify"):
+            raise ValueError(
+                f"model: {type(self._network()).__name__} learns from the labels of "
+                "single examples; use fit, or another model"
+            )
         train, validation = train_test_split(
             np.arange(len(bags)),
             test_size=self.validation_fraction,
@@ -324,6 +335,7 @@ class Quantifier(BaseEstimator):
             schedule="cosine",
             warmup_steps=self.warmup_steps,
             clip_norm=self.clip_norm,
+            weight_decay=self.weight_decay,
             ema_decay=0.99,
         )
         task = make_task(

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import config as configs
@@ -21,6 +22,15 @@ def test_archs_from_another_project():
     scope = {}
     exec(block("import archs"), scope)
     assert scope["prevalences"].shape == (8, 3)
+    exec(block("chunks = "), scope)
+    np.testing.assert_allclose(scope["estimate"], scope["prevalences"][:1], rtol=1e-5)
+
+
+def test_the_estimator():
+    scope = {}
+    exec(block("Quantifier("), scope)
+    assert scope["low"].shape == (3,)
+    assert (scope["low"] <= scope["high"]).all()
 
 
 def test_config(tmp_path):

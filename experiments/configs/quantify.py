@@ -117,6 +117,7 @@ def _with_labels(config: ConfigDict, dataset: str) -> ConfigDict:
     if dataset in VECTORS:
         encoder.update(hidden_sizes=(64,), dropout_rate=0.5)
         config.optimizer.weight_decay = 3.0
+        config.task.noise = 0.3
         num_members, num_steps = 10, 400
     config.training = dict(num_steps=num_steps, steps_per_call=50, eval_every=num_steps)
     config.model = dict(name="EMQNet", encoder=encoder, num_members=num_members)

@@ -20,8 +20,9 @@ class LabelledQuantification(Quantification):
 
     Each step encodes `num_bags` single examples of classes drawn by `protocol`. The
     classifiers of the model learn their labels by cross-entropy; each leaves out its
-    own fold of the train split. What they say of the examples they left out makes
-    `mixed_bags` bags, from which calibration and aggregation learn by `loss`: that
+    own fold of the train split. What a classifier says of an example it left out is
+    remembered, and `mixed_bags` bags of `evaluation_bag_size` examples are drawn from
+    all that is remembered: from them calibration and aggregation learn by `loss`. That
     gradient does not reach the classifiers.
 
     Attributes:
@@ -30,6 +31,8 @@ class LabelledQuantification(Quantification):
         the classifiers give them.
       max_shift: images are shifted by up to so many pixels in height and width.
       flip: images are mirrored with probability one half.
+      noise: standard deviation of Gaussian noise that is added to the inputs, in the
+        units the model sees.
     """
 
     bag_size: int = 1
@@ -38,6 +41,7 @@ class LabelledQuantification(Quantification):
     bag_weight: float = 1.0
     max_shift: int = 0
     flip: bool = False
+    noise: float = 0.0
 
     def __post_init__(self):
         if not hasattr(self.model, "classify"):
@@ -52,6 +56,8 @@ class LabelledQuantification(Quantification):
             )
         if not self.bag_weight >= 0:
             raise ValueError(f"bag_weight must be 0 or more, not {self.bag_weight}")
+        if not self.noise >= 0:
+            raise ValueError(f"noise must be 0 or more, not {self.noise}")
         images = len(self.dataset.spec.feature_shape) == 3
         if self.max_shift < 0 or ((self.max_shift or self.flip) and not images):
             raise ValueError(
@@ -71,18 +77,42 @@ class LabelledQuantification(Quantification):
         arrays["train"]["labels"] = jnp.asarray(self.dataset.splits["train"]["labels"])
         return arrays
 
+    def init(self, key: jax.Array, batch: Mapping) -> supervised.TrainState:
+        """The first state; see `loop.Task`."""
+        state = super().init(key, batch)
+        spec = self.dataset.spec
+        remembered = jnp.zeros((spec.sizes["train"], spec.num_classes))
+        cache = {"cache": {"logits": remembered}}
+        return state.replace(model_state=state.model_state | cache)
+
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
-        """Single examples with their folds, and bags of them."""
-        batch = super().sample(key, step, arrays)
-        batch["labels"] = arrays["train"]["labels"][batch["indices"][:, 0]]
-        batch["fold"] = arrays["train"]["fold"][batch["indices"][:, 0]]
+        """Single examples with their folds, and bags of examples by their indices."""
+        example_key, bag_key, view_key, noise_key = jax.random.split(
+            jax.random.fold_in(key, step), 4
+        )
+        train = arrays["train"]
+        indices, _ = self._draw_bags(
+            example_key, train, self.protocol, self.num_bags, 1
+        )
+        bags, prevalence = self._draw_bags(
+            bag_key, train, self.protocol, self.mixed_bags, self.size_at_evaluation
+        )
+        unchanged = inputs = self._inputs(train, indices)
         if self.max_shift or self.flip:
-            views_key = jax.random.fold_in(jax.random.fold_in(key, 1), step)
-            images = batch["inputs"][:, 0]
-            batch["inputs"] = _views(views_key, images, self.max_shift, self.flip)[
-                :, None
-            ]
-        return batch
+            images = _views(view_key, inputs[:, 0], self.max_shift, self.flip)
+            inputs = images[:, None]
+        if self.noise:
+            inputs += self.noise * jax.random.normal(noise_key, inputs.shape)
+        indices = indices[:, 0]
+        return {
+            "inputs": inputs,
+            "unchanged": unchanged,
+            "indices": indices,
+            "labels": train["labels"][indices],
+            "fold": train["fold"][indices],
+            "bags": bags,
+            "prevalence": prevalence,
+        }
 
     def train_step(
         self, state: supervised.TrainState, batch: Mapping, key: jax.Array
@@ -90,12 +120,15 @@ class LabelledQuantification(Quantification):
         """One update; see `loop.Task`."""
 
         def loss(params, model_state):
-            estimate, logits = self.model.apply(
+            remembered = model_state["cache"]["logits"]
+            estimate, logits, remembered = self.model.apply(
                 {"params": params, **model_state},
                 batch,
+                remembered,
                 rngs={"dropout": key},
                 method=_estimate_and_logits,
             )
+            model_state = model_state | {"cache": {"logits": remembered}}
             labels = jnp.broadcast_to(batch["labels"], logits.shape[:-1])
             entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             taught = _taught(batch["fold"], len(logits))
@@ -121,15 +154,21 @@ def _taught(fold: jax.Array, num_members: int) -> jax.Array:
 
 
 def _estimate_and_logits(
-    model: nn.Module, batch: Mapping
-) -> tuple[jax.Array, jax.Array]:
-    """Prevalences of the bags, [bag, K], and logits to learn, [member, example, K]."""
+    model: nn.Module, batch: Mapping, remembered: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a step learns from, and what it will remember.
+
+    Returns:
+      Prevalences of the bags, [bag, K]; logits to learn, [member, example, K]; the
+      logits remembered, [n, K].
+    """
     logits = model.classify(batch["inputs"], train=True)[:, :, 0]
-    unseen = model.classify(jax.lax.stop_gradient(batch["inputs"]))[:, :, 0]
+    unseen = model.classify(batch["unchanged"])[:, :, 0]
     unseen = unseen[batch["fold"], jnp.arange(logits.shape[1])]  # [example, K]
-    features = model.calibrate(jax.lax.stop_gradient(unseen))
-    estimate = model.decode(model.aggregate(features[batch["elements"]]))
-    return estimate, logits
+    remembered = remembered.at[batch["indices"]].set(jax.lax.stop_gradient(unseen))
+    features = model.calibrate(remembered[batch["bags"]])
+    estimate = model.decode(model.aggregate(features))
+    return estimate, logits, remembered
 
 
 def _views(key: jax.Array, images: jax.Array, max_shift: int, flip: bool) -> jax.Array:

@@ -179,7 +179,6 @@ class Quantification:
             bag_key, arrays["train"], self.protocol, self.num_bags, self.bag_size
         )
         batch = {
-            "indices": indices,
             "inputs": self._inputs(arrays["train"], indices),
             "prevalence": prevalence,
         }

@@ -2,35 +2,40 @@
 
 from collections.abc import Mapping
 
+import jax
 import numpy as np
-from scipy.special import softmax
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
+from data import Spec
 from experiments import figures
 from experiments.report import Section
 
 DRAWN_SETS = 6
 
 
-def classification_sections(outputs: Mapping, first: Mapping) -> list[Section]:
+def classification_sections(
+    outputs: Mapping, first: Mapping, spec: Spec
+) -> list[Section]:
     """Which classes are taken for which."""
     del first
-    number = outputs["prediction"].shape[-1]
+    called = outputs["prediction"].argmax(-1)
     counts = confusion_matrix(
-        outputs["target"], outputs["prediction"].argmax(-1), labels=range(number)
+        outputs["target"], called, labels=range(len(spec.class_names))
     )
-    names = [str(k) for k in range(number)]
     return [
         Section(
             title="Confusion of the classes",
             text="In per cent of the sets of a class.",
-            figure=figures.confusion(counts, names),
+            figure=figures.confusion(counts, spec.class_names),
         )
     ]
 
 
-def element_classification_sections(outputs: Mapping, first: Mapping) -> list[Section]:
+def element_classification_sections(
+    outputs: Mapping, first: Mapping, spec: Spec
+) -> list[Section]:
     """How well single elements are recognised, beside chance, and a few sets drawn."""
+    del spec
     probabilities = element_probabilities(outputs)
     mask, target = outputs["mask"], outputs["target"]
     sought = np.arange(mask.shape[1]) == target[:, None]
@@ -76,5 +81,5 @@ def element_classification_sections(outputs: Mapping, first: Mapping) -> list[Se
 def element_probabilities(outputs: Mapping) -> np.ndarray:
     """Probabilities [set, element] of being the element sought; zero at padding."""
     mask = outputs["mask"]
-    scores = outputs["prediction"].reshape(mask.shape).astype(np.float64)
-    return softmax(np.where(mask, scores, -np.inf), axis=1)
+    scores = outputs["prediction"].reshape(mask.shape)
+    return np.asarray(jax.nn.softmax(scores, axis=1, where=mask))

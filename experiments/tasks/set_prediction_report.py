@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from data import Spec
 from experiments import figures
 from experiments.report import Section
 from experiments.tasks import clustering_report, set_classification_report
@@ -18,9 +19,9 @@ def sections(task: Any, state: Any, workdir: Path) -> list[Section]:
     """Sections of the report; writes `test_sets.npz` (sizes and measures).
 
     An objective has sections of its own where this module has a function
-    `OBJECTIVE_sections(outputs, first) -> list[Section]` of what
-    `SetPrediction.evaluation_sets` returns: the outputs of all test sets, and the first
-    batch whole.
+    `OBJECTIVE_sections(outputs, first, spec) -> list[Section]` of what
+    `SetPrediction.evaluation_sets` returns, the outputs of all test sets and the first
+    batch whole, and of the dataset's spec.
 
     Args:
       task: the run's `SetPrediction`.
@@ -42,12 +43,14 @@ def sections(task: Any, state: Any, workdir: Path) -> list[Section]:
         table=table,
     )
     own = globals().get(f"{task.objective}_sections")
-    return [by_size, *(own(outputs, first) if own else [])]
+    return [by_size, *(own(outputs, first, task.dataset.spec) if own else [])]
 
 
-def absolute_error_sections(outputs: Mapping, first: Mapping) -> list[Section]:
+def absolute_error_sections(
+    outputs: Mapping, first: Mapping, spec: Spec
+) -> list[Section]:
     """True against predicted numbers, and how much of their variance is explained."""
-    del first
+    del first, spec
     true, predicted = outputs["target"].ravel(), outputs["prediction"].ravel()
     unexplained = np.square(predicted - true).mean() / max(true.var(), 1e-12)
     return [

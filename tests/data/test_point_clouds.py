@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from scipy.spatial.transform import Rotation
 
 import data
 from data import point_clouds
@@ -126,22 +125,6 @@ def test_polyhedra(name):
     )
 
 
-def test_rotations_are_uniform():
-    rotations = np.asarray(point_clouds.random_rotations(KEY, 2000))
-    np.testing.assert_allclose(
-        rotations @ rotations.swapaxes(1, 2),
-        np.tile(np.eye(3), (2000, 1, 1)),
-        atol=1e-5,
-    )
-    np.testing.assert_allclose(np.linalg.det(rotations), 1, atol=1e-5)
-    for entry in np.ndindex(3, 3):
-        column = rotations[:, *entry]
-        assert stats.kstest(column, stats.uniform(-1, 2).cdf).pvalue > ALPHA
-    angle = Rotation.from_matrix(rotations).magnitude()
-    # Of a uniform rotation the angle has the density (1 - cos) / π.
-    assert stats.kstest(angle, lambda a: (a - np.sin(a)) / np.pi).pvalue > ALPHA
-
-
 def draw(dataset, num_sets, key=KEY, split="train"):
     sample = jax.jit(dataset.sample, static_argnums=(1, 2))
     return jax.device_get(sample(key, num_sets, split, dataset.arrays))
@@ -192,6 +175,21 @@ def test_noise_and_outliers_are_as_many_as_asked_for():
         -1
     )
     assert share(replaced.ravel(), 0.3) > ALPHA
+
+
+def test_solids_are_turned_about_the_third_axis_alone():
+    batch = draw(data.Solids(num_points=400, noise=0.0, outliers=0.0), 1000)
+    cube = data.Solids().spec.class_names.index("cube")
+    cubes = batch["inputs"][batch["target"] == cube]
+    # The faces at both ends stay level; the corners point in all directions.
+    z = cubes[..., 2]
+    top, bottom = z.max(1, keepdims=True), z.min(1, keepdims=True)
+    level = (np.minimum(top - z, z - bottom) < 1e-3).mean(1)
+    assert ((level > 0.2) & (level < 0.5)).all()
+    corner = np.linalg.norm(cubes[..., :2], axis=-1).argmax(1)
+    x, y = cubes[np.arange(len(cubes)), corner, :2].T
+    quarter = np.arctan2(y, x) / (np.pi / 2) % 1
+    assert stats.kstest(quarter, "uniform").pvalue > ALPHA
 
 
 @pytest.mark.parametrize(

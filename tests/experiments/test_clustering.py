@@ -64,7 +64,7 @@ def test_the_report_sets_expectation_maximisation_beside(batch):
         "prediction": np.asarray(output_of(batch)),
         "counted": np.arange(8) < 7,
     }
-    beside, drawn = clustering_report.mixture_sections({}, first)
+    beside, drawn = clustering_report.mixture_sections({}, first, DATASET.spec)
     rows = {row["clustering"]: row for row in beside.table}
     likelihood = {name: row["log likelihood per element"] for name, row in rows.items()}
     true = archs.GaussianMixture(
@@ -95,16 +95,17 @@ def test_the_config_runs(main, tmp_path, variant):
         "task.validation_sets": 4,
         "task.test_sets": 5,
         "task.evaluation_batch": 4,
-        "training.num_steps": 4,
-        "training.steps_per_call": 2,
-        "training.log_every": 2,
-        "training.eval_every": 4,
+        "training.num_steps": 2,
+        "training.steps_per_call": 1,
+        "training.eval_every": 2,
     }
     if variant.startswith("set_transformer"):
         fields |= {
             "model.hidden_size": 8,
             "model.num_heads": 2,
             "model.num_inducing_points": 3,
+            "model.num_layers": 1,
+            "model.num_decoder_layers": 1,
         }
     outcome = main(
         f"--config={CONFIG}:{variant}",

@@ -111,6 +111,17 @@ def test_a_folder_in_a_file_may_be_a_path(tmp_path):
     assert configs.complete(raw)["dataset"]["data_dir"] == str(tmp_path)
 
 
+def test_a_dataset_of_sets_has_the_fields_of_its_class(tiny):
+    overrides = {"dataset.name": "MaxOfNumbers", "dataset.max_size": "7"}
+    dataset = configs.load(tiny, overrides).to_dict()["dataset"]
+    assert dataset["max_size"] == 7
+    assert configs.build_dataset(dataset).max_size == 7
+    with pytest.raises(UserError, match="'GausianMixtures' in data; did you mean 'Gau"):
+        configs.load(tiny, {"dataset.name": "GausianMixtures"})
+    with pytest.raises(UserError, match="config.dataset.max_sise: there is no such"):
+        configs.load(tiny, overrides | {"dataset.max_sise": "7"})
+
+
 def test_another_module_drops_the_fields_it_lacks(tiny):
     overrides = {
         # Wherever it stands on the command line, the name comes first.
@@ -122,7 +133,10 @@ def test_another_module_drops_the_fields_it_lacks(tiny):
         "name": "CNN",
         "channels": (16, 32),
         "features": 4,  # the file's, which both have
+        "dropout_rate": 0.1,
+        "hidden_sizes": (8,),
         "kernel_size": 3,
+        "stride": 1,
     }
     overrides = {
         "model.name": "DeepSets",

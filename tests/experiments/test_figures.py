@@ -240,6 +240,55 @@ def test_predicted_numbers_lie_around_the_diagonal():
     rendered(figure)
 
 
+def test_clusters_are_drawn_with_their_ellipses():
+    rng = np.random.default_rng(0)
+    points = [rng.normal(size=(n, 3)) for n in (5, 40, 0)]
+    labels = [np.arange(n) % 9 for n in (5, 40, 0)]
+    means, scales = rng.normal(size=(3, 9, 3)), rng.uniform(1, 2, (3, 9, 3))
+    figure = figures.clusters(points, labels, (means, scales), (means + 1, scales))
+    rendered(figure)
+    assert [axes.get_title() for axes in figure.axes] == [
+        "5 points",
+        "40 points",
+        "0 points",
+    ]
+    for number, axes in enumerate(figure.axes):
+        found, true = axes.patches[:9], axes.patches[9:]
+        np.testing.assert_allclose([e.center for e in found], means[number, :, :2])
+        np.testing.assert_allclose([e.center for e in true], means[number, :, :2] + 1)
+        np.testing.assert_allclose([e.width for e in true], 4 * scales[number, :, 0])
+        drawn = np.concatenate([line.get_xydata() for line in axes.lines])
+        assert sorted(drawn[:, 0]) == sorted(points[number][:, 0])
+
+
+@pytest.mark.parametrize("num_classes", [3, 40])
+def test_confusion_is_in_shares_of_the_true_class(num_classes):
+    counts = np.random.default_rng(0).integers(0, 9, (num_classes, num_classes))
+    counts[0] = 0
+    names = [f"class {k}" for k in range(num_classes)]
+    figure = figures.confusion(counts, names)
+    rendered(figure)
+    share = figure.axes[0].images[0].get_array()
+    np.testing.assert_allclose(share[1:].sum(1), 1)
+    np.testing.assert_allclose(share[1], counts[1] / counts[1].sum())
+    assert not share[0].any()
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == names
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_image_sought_is_framed(channels):
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 3, 4, 4, channels))
+    probabilities = np.array([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3]])
+    figure = figures.image_sets(images, probabilities, np.array([1, 2]))
+    rendered(figure)
+    frames = [
+        axes.spines["left"].get_linestyle() if axes.spines["left"].get_visible() else ""
+        for axes in figure.axes
+    ]
+    assert frames == ["", "-", "", "--", "", "-"]
+    assert [axes.get_xlabel() for axes in figure.axes][:3] == ["10 %", "70 %", "20 %"]
+
+
 def test_names_are_drawn_as_they_stand():
     true = prevalences(20, 3)
     names = ["$\\frac$", "a $ b $", "<script>"]

@@ -34,9 +34,9 @@ def batch(small):
 
 def test_bags_are_labelled_by_the_examples_in_them(small, batch):
     labels = np.asarray(small.dataset.splits["train"]["labels"])
-    found = labels[np.asarray(batch["indices"])[:, 0]]
+    found = labels[np.asarray(batch["indices"])]
     np.testing.assert_array_equal(batch["labels"], found)
-    members = found[np.asarray(batch["elements"])]  # [bag, element]
+    members = labels[np.asarray(batch["bags"])]  # [bag, element]
     expected = np.stack([(members == k).mean(1) for k in range(3)], axis=1)
     np.testing.assert_allclose(batch["prevalence"], expected, atol=1e-6)
 
@@ -55,6 +55,9 @@ def gradient(small, batch, weight):
     changed = task(small.dataset, **settings)
     object.__setattr__(changed, "optimizer", Optimizer(name="sgd", learning_rate=1.0))
     state = changed.init(jax.random.key(0), batch)
+    state.model_state["cache"]["logits"] = jax.random.normal(
+        jax.random.key(3), state.model_state["cache"]["logits"].shape
+    )
     after, _ = jax.jit(changed.train_step)(state, batch, jax.random.key(2))
     return jax.tree.map(lambda a, b: np.asarray(a - b), state.params, after.params)
 
@@ -82,6 +85,17 @@ def test_a_member_never_learns_from_its_own_fold(small, batch):
     kernel = lambda g, member: g[f"classifiers_{member}"]["Dense_0"]["kernel"]  # noqa: E731
     np.testing.assert_array_equal(kernel(right, 1), kernel(changed, 1))
     assert np.abs(kernel(right, 0) - kernel(changed, 0)).max() > 1e-4
+
+
+def test_it_remembers_what_a_member_says_of_its_own_fold(small, batch):
+    state = small.init(jax.random.key(0), batch)
+    after, _ = jax.jit(small.train_step)(state, batch, jax.random.key(2))
+    logits = small.model.apply(state.variables, batch["unchanged"], method="classify")
+    expected = logits[batch["fold"], jnp.arange(len(batch["fold"])), 0]
+    remembered = after.model_state["cache"]["logits"]
+    np.testing.assert_allclose(remembered[batch["indices"]], expected, rtol=1e-4)
+    others = np.delete(np.asarray(remembered), np.asarray(batch["indices"]), axis=0)
+    assert not others.any()
 
 
 def test_it_learns(small, tmp_path):
@@ -113,6 +127,14 @@ def test_views_shift_and_mirror():
     assert len(found) > 12
 
 
+def test_noise_has_the_spread_asked_for(vectors, small, batch):
+    noisy = task(vectors, noise=0.5)
+    found = jax.jit(noisy.sample)(jax.random.key(1), 0, noisy.arrays)
+    noise = np.asarray(found["inputs"] - batch["inputs"])
+    np.testing.assert_array_equal(found["indices"], batch["indices"])
+    assert 0.35 < noise.std() < 0.65
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -121,6 +143,7 @@ def test_views_shift_and_mirror():
         ({"bag_weight": -1.0}, "bag_weight must be 0 or more"),
         ({"max_shift": 1}, "for images"),
         ({"flip": True}, "for images"),
+        ({"noise": -1.0}, "noise must be 0 or more"),
     ],
 )
 def test_impossible_settings_are_refused(vectors, fields, message):

@@ -341,3 +341,20 @@ def test_quapy_reports_on_it(digits, monkeypatch):
     )
     assert len(report) == len(estimate) == 10
     np.testing.assert_allclose(report["mrae"], relative, rtol=1e-5)
+
+
+def test_a_network_with_classifiers_learns_from_labels():
+    X, labels = points(300)
+    model = {
+        "name": "EMQNet",
+        "encoder": {"name": "MLP", "hidden_sizes": (16,), "features": 8},
+        "num_members": 2,
+        "num_steps": 20,
+    }
+    quantifier = Quantifier(model, num_steps=100, num_bags=64, learning_rate=0.02)
+    bags, prevalences = bags_of(20, [50])
+    before = np.abs(prevalences - 1 / 3).mean()
+    found = quantifier.fit(X, labels).predict_bags(bags)
+    assert np.abs(prevalences - found).mean() < 0.25 * before
+    with pytest.raises(ValueError, match="EMQNet learns from the labels"):
+        quantifier.fit_bags(bags, prevalences)

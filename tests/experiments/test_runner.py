@@ -421,7 +421,7 @@ def refused_run(main, tiny, tmp_path):
 class Ordered(archs.DeepSets):
     """Weighs an element by its place: no set network."""
 
-    def aggregate(self, features, mask=None):
+    def aggregate(self, features, mask=None, weights=None):
         place = jnp.arange(features.shape[1])[:, None]
         mask = 1 if mask is None else mask[..., None]
         return (place * features * mask).mean(1)
