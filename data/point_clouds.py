@@ -276,7 +276,7 @@ class ModelNet40:
         )
 
     def sample(self, key: jax.Array, num_sets: int, split: str, arrays: dict) -> dict:
-        """Draws clouds of a split, with replacement.
+        """Draws clouds of a split, with replacement; evaluation uses `select`.
 
         Args:
             key: PRNG key.

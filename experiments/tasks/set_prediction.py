@@ -27,6 +27,10 @@ EVALUATION_SEED = {"validation": 1, "test": 2}
 class SetDataset(Protocol):
     """A dataset that makes its sets when they are needed.
 
+    One with a fixed number of sets in a split, `spec.sizes[split]`, also has
+    `select(key, indices, split, arrays)`, which returns those of given indices:
+    evaluation goes through them in order.
+
     Attributes:
       spec: `num_classes` is the number of outputs that its target asks for,
         `feature_shape` that of one element.
@@ -182,8 +186,12 @@ class SetPrediction:
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Sets of a split; "counted" leaves out those beyond the number asked for."""
         key = jax.random.fold_in(jax.random.key(EVALUATION_SEED[split]), index)
-        batch = self.dataset.sample(key, self.evaluation_batch, split, arrays)
         number = index * self.evaluation_batch + jnp.arange(self.evaluation_batch)
+        if hasattr(self.dataset, "select"):
+            indices = number % self.dataset.spec.sizes[split]
+            batch = self.dataset.select(key, indices, split, arrays)
+        else:
+            batch = self.dataset.sample(key, self.evaluation_batch, split, arrays)
         return batch | {"counted": number < self._num_evaluation_sets(split)}
 
     def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:

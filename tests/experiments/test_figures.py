@@ -247,7 +247,7 @@ def test_clusters_are_drawn_with_their_ellipses():
     means, scales = rng.normal(size=(3, 9, 3)), rng.uniform(1, 2, (3, 9, 3))
     figure = figures.clusters(points, labels, (means, scales), (means + 1, scales))
     rendered(figure)
-    assert [axes.get_title() for axes in figure.axes] == [
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
         "5 points",
         "40 points",
         "0 points",

@@ -161,13 +161,18 @@ def test_the_point_cloud_config_takes_modelnet(tmp_path, model):
         with h5py.File(tmp_path / f"ply_data_{split}0.h5", "w") as file:
             file["data"] = np.zeros((4, 1200, 3), np.float32)
             file["label"] = np.arange(4, dtype=np.uint8)[:, None]
-    config = configs.load(
-        f"{POINT_CLOUDS}:{model}_modelnet40", {"dataset.data_dir": str(tmp_path)}
-    )
+    fields = {"dataset.data_dir": str(tmp_path)}
+    fields |= {"task.test_sets": "4", "task.evaluation_batch": "3"}
+    config = configs.load(f"{POINT_CLOUDS}:{model}_modelnet40", fields)
     dataset, task, _ = runner.build(config)
     assert dataset.spec.sizes == {"train": 3, "validation": 1, "test": 4}
     batch = jax.eval_shape(task.sample, jax.random.key(0), 0, task.arrays)
     assert batch["inputs"].shape == (64, 1000, 3)
+    # Every test cloud is classified once.
+    batches = [task.eval_batch("test", index, task.arrays) for index in range(2)]
+    found = np.concatenate([batch["target"][batch["counted"]] for batch in batches])
+    np.testing.assert_array_equal(found, np.arange(4))
+    assert task.num_eval_batches("test") == 2
 
 
 @pytest.mark.parametrize(
