@@ -23,7 +23,7 @@ class LabelledQuantification(Quantification):
     own fold of the train split. What a classifier says of an example it left out is
     remembered, and `mixed_bags` bags of `evaluation_bag_size` examples are drawn from
     all that is remembered: from them calibration and aggregation learn by `loss`. That
-    gradient does not reach the classifiers.
+    gradient does not reach the classifiers. A single classifier leaves out nothing.
 
     Attributes:
       model: an `archs.EMQNet`.
