@@ -5,6 +5,7 @@ so resuming needs no iterator and everything runs inside the jitted training loo
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -269,6 +270,50 @@ def draw_bags(
     else:
         member_words = _random_words(member_key, num_examples, num_bags, num_classes)
     return jax.vmap(draw)(prevalences.astype(jnp.float32), order_words, member_words)
+
+
+def draw_tilted_bags(
+    key: jax.Array,
+    positions: jax.Array,
+    labels: jax.Array,
+    num_classes: int,
+    num_bags: int,
+    bag_size: int,
+    strength: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Bags under covariate shift: P(x) changes, P(y | x) does not.
+
+    A bag draws its examples with replacement and probabilities `∝ exp(s u'z_i)`, where
+    u is a direction drawn uniformly from the sphere and `s ~ U(0, strength)`. The
+    probabilities depend on the examples' inputs alone, through their positions z, so
+    that among examples of one position the classes keep their shares.
+
+    Args:
+        key: PRNG key.
+        positions: z float [n, d], of variance one in every direction (whitened).
+        labels: int [n].
+        num_classes: K.
+        num_bags: B.
+        bag_size: m.
+        strength: the largest tilt; of normal positions it moves the mean of a bag by
+            so many standard deviations.
+
+    Returns:
+        indices int32 [B, m] into the dataset, prevalence float32 [B, K] of those
+        examples.
+    """
+    direction_key, strength_key, place_key = jax.random.split(key, 3)
+    directions = jax.random.normal(direction_key, (num_bags, positions.shape[1]))
+    directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
+    tilt = jax.random.uniform(strength_key, (num_bags, 1), maxval=strength)
+    share = jax.nn.softmax(tilt * (directions @ positions.T))  # [B, n]
+    edges = jnp.cumsum(share, axis=1)
+    # Up to the last edge and not to 1, which rounding may leave beyond it.
+    place = jax.random.uniform(place_key, (num_bags, bag_size)) * edges[:, -1:]
+    find = partial(jnp.searchsorted, side="right")
+    indices = jnp.minimum(jax.vmap(find)(edges, place), len(labels) - 1)
+    prevalence = jax.nn.one_hot(labels[indices], num_classes).mean(1)
+    return indices.astype(jnp.int32), prevalence
 
 
 def mixture_weights(

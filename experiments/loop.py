@@ -7,6 +7,7 @@ The loop knows nothing of what is learned. It drives anything that has the metho
 import dataclasses
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -113,16 +114,21 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-    """Turns the first SIGTERM or SIGINT into a flag; a second one acts as usual."""
+    """Turns the first SIGTERM or SIGINT into a flag; a second one acts as usual.
+
+    Outside the main thread, where Python receives no signals, it does nothing.
+    """
 
     def __init__(self):
         self.name: str | None = None
 
     def __enter__(self):
-        self._former = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._former = {}
+        if threading.current_thread() is threading.main_thread():
+            self._former = {
+                number: signal.signal(number, self._handle)
+                for number in (signal.SIGTERM, signal.SIGINT)
+            }
         return self
 
     def _handle(self, number, frame):

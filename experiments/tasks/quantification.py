@@ -8,12 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sklearn.decomposition import PCA
 
 import data
 from data.samplers import (
     class_table,
     draw_bags,
     draw_prevalences,
+    draw_tilted_bags,
     mixture_weights,
 )
 from experiments import metrics
@@ -31,6 +33,9 @@ from experiments.tasks.prevalence import (
 )
 
 PROTOCOLS = ("uniform", "dirichlet", "natural", "grid", "published")
+COVARIATE_SHIFT = "covariate_shift"
+# Directions of the inputs along which covariates shift.
+NUM_COMPONENTS = 8
 # Bags of validation and test are the same for every model and every seed of training.
 EVALUATION_SEED = {"validation": 1, "test": 2}
 EVALUATION_BATCH = 20
@@ -64,9 +69,13 @@ class Quantification:
       bag_size: examples a bag.
       protocol: `uniform` on the simplex (APP), `dirichlet`, `natural` (the train
         split's prevalences, NPP), `grid` or `published`, of the bags to learn from;
-        see `data.samplers.draw_prevalences`.
+        see `data.samplers.draw_prevalences`. Or `covariate_shift`: examples are drawn
+        by where they lie along the leading principal components of the inputs, see
+        `data.samplers.draw_tilted_bags`.
       concentration: of `dirichlet`, one number for all classes.
       grid_points: values per class of `grid`.
+      shift_strength: of `covariate_shift`, the largest shift of a bag, in standard
+        deviations.
       evaluation_protocol: of the bags of validation and test.
       replace: whether an example may come twice in a bag.
       evaluation_bag_size: examples a bag of validation and test; None: `bag_size`.
@@ -90,6 +99,7 @@ class Quantification:
     protocol: str = "uniform"
     concentration: float = 1.0
     grid_points: int = 11
+    shift_strength: float = 2.0
     evaluation_protocol: str = "uniform"
     evaluation_bag_size: int | None = None
     replace: bool = True
@@ -104,11 +114,19 @@ class Quantification:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
         for name in ("protocol", "evaluation_protocol"):
-            if getattr(self, name) not in PROTOCOLS:
+            known = (*PROTOCOLS, COVARIATE_SHIFT)
+            if getattr(self, name) not in known:
                 raise ValueError(
-                    f"{name} must be one of {', '.join(PROTOCOLS)}, "
+                    f"{name} must be one of {', '.join(known)}, "
                     f"not {getattr(self, name)!r}"
                 )
+        if self.protocol == COVARIATE_SHIFT and self.mixed_bags:
+            raise ValueError(
+                "mixed_bags must be 0 with protocol='covariate_shift': mixtures are "
+                "aimed at prevalences, which that protocol does not draw"
+            )
+        if not self.shift_strength >= 0:
+            raise ValueError(f"shift_strength must be >= 0, not {self.shift_strength}")
         if self.evaluation_bag_size is not None and self.evaluation_bag_size < 1:
             raise ValueError(
                 "evaluation_bag_size must be 1 or more, or None, "
@@ -131,13 +149,32 @@ class Quantification:
 
     def _arrays(self) -> dict:
         spec = self.dataset.spec
-        return {
+        arrays = {
             split: {
                 "inputs": jnp.asarray(values["inputs"]),
                 "table": class_table(values["labels"], spec.num_classes),
             }
             for split, values in self.dataset.splits.items()
         }
+        if COVARIATE_SHIFT in (self.protocol, self.evaluation_protocol):
+            self._add_positions(arrays)
+        return arrays
+
+    def _add_positions(self, arrays: dict) -> None:
+        """What `covariate_shift` draws by: whitened principal components, labels."""
+        dataset = self.dataset
+        flat = {
+            split: np.asarray(
+                data.normalize(values["inputs"], dataset.shift, dataset.scale)
+            ).reshape(len(values["inputs"]), -1)
+            for split, values in dataset.splits.items()
+        }
+        components = min(NUM_COMPONENTS, *flat["train"].shape)
+        whitening = PCA(components, whiten=True, random_state=0).fit(flat["train"])
+        for split, values in dataset.splits.items():
+            positions = whitening.transform(flat[split]).astype(np.float32)
+            arrays[split]["positions"] = jnp.asarray(positions)
+            arrays[split]["labels"] = jnp.asarray(values["labels"])
 
     @property
     def monitor(self) -> str:
@@ -224,6 +261,16 @@ class Quantification:
         self, key: jax.Array, split: Mapping, protocol: str, num_bags: int, size: int
     ) -> tuple[jax.Array, jax.Array]:
         """Example indices [bag, element] and their exact prevalences [bag, K]."""
+        if protocol == COVARIATE_SHIFT:
+            return draw_tilted_bags(
+                key,
+                split["positions"],
+                split["labels"],
+                self.dataset.spec.num_classes,
+                num_bags,
+                size,
+                self.shift_strength,
+            )
         prevalence_key, example_key = jax.random.split(key)
         targets = self._draw_prevalences(prevalence_key, protocol, num_bags, size)
         return draw_bags(

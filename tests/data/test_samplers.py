@@ -463,3 +463,43 @@ def test_pair_weights_mix_two_bags_at_most(num_mixtures):
     assert stats.binomtest(alone, len(weights), 0.3).pvalue > ALPHA
     larger = weights[number == 2].max(1)  # max(w, 1 - w) is uniform in [1/2, 1]
     assert stats.kstest(larger, stats.uniform(0.5, 0.5).cdf).pvalue > ALPHA
+
+
+def test_tilted_bags_move_by_the_strength_and_keep_the_classes_of_a_position():
+    rng = np.random.default_rng(0)
+    positions = rng.normal(size=(20_000, 2)).astype(np.float32)
+    # P(y = 1 | x) depends on the first coordinate alone.
+    odds = 1 / (1 + np.exp(-2 * positions[:, 0]))
+    labels = jnp.asarray((rng.uniform(size=len(odds)) < odds).astype(np.int32))
+    draw = jax.jit(
+        functools.partial(
+            samplers.draw_tilted_bags,
+            num_classes=2,
+            num_bags=200,
+            bag_size=400,
+            strength=1.5,
+        )
+    )
+    indices, prevalence = draw(KEY, jnp.asarray(positions), labels)
+    np.testing.assert_allclose(
+        prevalence[:, 1], np.asarray(labels)[indices].mean(1), atol=1e-6
+    )
+    # Of normal positions the tilt s moves the mean by s: here by s ~ U(0, 1.5).
+    moved = np.linalg.norm(positions[indices].mean(1), axis=1)
+    assert abs(moved.mean() - 0.75) < 0.08 and 1.2 < moved.max() < 1.7
+    # The classes of the examples at a position are those of the whole dataset.
+    first, drawn = positions[indices, 0].ravel(), np.asarray(labels)[indices].ravel()
+    for low in (-1.0, 0.0, 1.0):
+        there = (first > low) & (first < low + 0.2)
+        of_all = (positions[:, 0] > low) & (positions[:, 0] < low + 0.2)
+        assert abs(drawn[there].mean() - np.asarray(labels)[of_all].mean()) < 0.03
+    # And the prevalences shift with the inputs.
+    assert prevalence[:, 1].std() > 0.1
+
+
+def test_without_strength_tilted_bags_are_drawn_evenly():
+    positions = jax.random.normal(KEY, (50, 3))
+    labels = jnp.arange(50) % 5
+    indices, _ = samplers.draw_tilted_bags(KEY, positions, labels, 5, 100, 500, 0.0)
+    counts = np.bincount(np.asarray(indices).ravel(), minlength=50)
+    assert abs(counts / 1000 - 1).max() < 0.15

@@ -107,7 +107,9 @@ def test_the_label_of_a_bag_is_the_prevalence_of_its_examples(vectors, size):
     assert len(np.unique(true, axis=0)) > 10
 
 
-@pytest.mark.parametrize("protocol", ["uniform", "dirichlet", "natural", "grid"])
+@pytest.mark.parametrize(
+    "protocol", ["uniform", "dirichlet", "natural", "grid", "covariate_shift"]
+)
 def test_training_bags_are_labelled_by_their_examples(vectors, protocol):
     # The class is the feature, so that the label can be read from the inputs.
     splits = {
@@ -129,6 +131,37 @@ def test_training_bags_are_labelled_by_their_examples(vectors, protocol):
     np.testing.assert_allclose(first["prevalence"], counted, atol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, first, again)
     assert (first["inputs"] != later["inputs"]).any()
+
+
+def test_covariate_shift_moves_the_inputs_of_bags(vectors):
+    still, moving = (
+        quantification(
+            vectors,
+            bag_size=200,
+            evaluation_protocol="covariate_shift",
+            shift_strength=strength,
+        )
+        for strength in (0.0, 3.0)
+    )
+
+    def spread(task):
+        indices, _, _ = task.evaluation_bags(first_state(task), "test")
+        means = vectors.splits["test"]["inputs"][indices].mean(1)  # [bag, feature]
+        return means.std(0).mean()
+
+    assert spread(moving) > 3 * spread(still)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"shift_strength": -1.0}, "shift_strength must be >= 0"),
+        ({"mixed_bags": 4, "protocol": "covariate_shift"}, "mixed_bags must be 0"),
+    ],
+)
+def test_impossible_covariate_shifts_are_refused(vectors, fields, message):
+    with pytest.raises(ValueError, match=message):
+        quantification(vectors, **fields)
 
 
 # Mixing.

@@ -1,6 +1,7 @@
 """`Quantifier`: what scikit-learn and QuaPy expect of it, and that it learns."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -358,3 +359,13 @@ def test_a_network_with_classifiers_learns_from_labels():
     assert np.abs(prevalences - found).mean() < 0.25 * before
     with pytest.raises(ValueError, match="EMQNet learns from the labels"):
         quantifier.fit_bags(bags, prevalences)
+
+
+def test_fit_in_another_thread():
+    X, labels = points(120)
+    estimator = small(num_steps=20)
+    with ThreadPoolExecutor(1) as pool:
+        fitted = pool.submit(estimator.fit, X, labels).result()
+    np.testing.assert_array_equal(
+        fitted.predict(X), clone(estimator).fit(X, labels).predict(X)
+    )
