@@ -27,6 +27,9 @@ class Spec:
         licence: of the data.
         citation: BibTeX.
         homepage: URL.
+        vocabulary_size: of integer inputs, how many ids there are; of translations,
+            of the targets. None where inputs are no ids.
+        source_vocabulary_size: of translations, how many ids the inputs have.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Spec:
     licence: str
     citation: str
     homepage: str
+    vocabulary_size: int | None = None
+    source_vocabulary_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

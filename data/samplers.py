@@ -5,6 +5,7 @@ so resuming needs no iterator and everything runs inside the jitted training loo
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -107,6 +108,175 @@ def epoch_indices(
     words = words[following.astype(jnp.int32)]
     position = jnp.where(following, position - num_examples, position)
     return _permute(words, position, num_examples)
+
+
+def length_buckets(
+    lengths: np.ndarray, num_buckets: int, min_size: int = 1
+) -> tuple[tuple[int, int, int], ...]:
+    """Cuts examples sorted by length into groups with the least padding; on the host.
+
+    Every group is padded to its longest example. The cut is the best of all, by
+    dynamic programming over the distinct lengths.
+
+    Args:
+        lengths: int [n], not decreasing.
+        num_buckets: most groups.
+        min_size: fewest examples of a group, such as the batch size.
+
+    Returns:
+        (start, stop, length) of each group: the examples `start` to `stop - 1`.
+
+    Raises:
+        ValueError: `lengths` is empty or decreases, or a number is below one.
+    """
+    lengths = np.asarray(lengths)
+    if lengths.ndim != 1 or not len(lengths) or (np.diff(lengths) < 0).any():
+        raise ValueError("lengths must be a vector of numbers that do not decrease.")
+    if num_buckets < 1 or min_size < 1:
+        raise ValueError(
+            "num_buckets and min_size must be 1 or more, got "
+            f"{num_buckets} and {min_size}."
+        )
+    longest, counts = np.unique(lengths, return_counts=True)
+    stops = np.concatenate([[0], np.cumsum(counts)])
+    # Padded steps of a group that ends with length j and starts behind length i.
+    size = stops[None, :] - stops[:, None]
+    steps = size * np.concatenate([[0], longest]).astype(float)
+    steps[size < min(min_size, len(lengths))] = np.inf
+    best = [np.where(stops > 0, np.inf, 0.0)]
+    cuts = []
+    for _ in range(min(num_buckets, len(longest))):
+        total = best[-1][:, None] + steps
+        cuts.append(total.argmin(0))
+        best.append(total.min(0))
+    end, buckets = len(stops) - 1, []
+    number = int(np.argmin([costs[-1] for costs in best[1:]]))
+    for cut in cuts[number::-1]:
+        start = cut[end]
+        buckets.append((int(stops[start]), int(stops[end]), int(longest[end - 1])))
+        end = start
+    return tuple(buckets[::-1])
+
+
+def bucketed_batch(
+    key: jax.Array,
+    step: jax.Array | int,
+    buckets: Sequence[tuple[int, int, int]],
+    batch_size: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Example indices of one training step, all of one bucket of alike lengths.
+
+    An epoch has `sum_b size_b // batch_size` steps, in an order of its own, and visits
+    every example at most once; what is left over of a bucket, less than a batch, is
+    other examples each epoch. With the buckets' lengths as static branches,
+
+        jax.lax.switch(bucket, [lambda i: step(select(i, length)) for ... in buckets],
+                       indices)
+
+    compiles once for each bucket.
+
+    Args:
+        key: PRNG key of the whole run.
+        step: int32 scalar, may be traced.
+        buckets: (start, stop, length) of each, see `length_buckets`.
+        batch_size: at most the size of the smallest bucket.
+
+    Returns:
+        The bucket, int32 scalar, and indices, int32 [batch_size].
+
+    Raises:
+        ValueError: `batch_size` is not in 1 to the size of the smallest bucket.
+    """
+    start, stop = np.array([bucket[:2] for bucket in buckets]).T
+    size = stop - start
+    if not 1 <= batch_size <= size.min():
+        raise ValueError(
+            f"batch_size must be in 1..{size.min()}, the size of the smallest bucket, "
+            f"got {batch_size}."
+        )
+    ends = np.cumsum(size // batch_size)
+    epoch = step // int(ends[-1])
+    order_key, example_key = jax.random.split(key)
+    slot = epoch_indices(order_key, step, int(ends[-1]), 1)[0]
+    bucket = (slot >= jnp.asarray(ends)).sum(dtype=jnp.int32)
+    batch = slot - jnp.asarray(ends - size // batch_size)[bucket]
+    example_key = jax.random.fold_in(jax.random.fold_in(example_key, epoch), bucket)
+    place = _permute(
+        _random_words(example_key, int(size.max())),
+        batch * batch_size + jnp.arange(batch_size),
+        jnp.asarray(size)[bucket],
+    )
+    return bucket, jnp.asarray(start, jnp.int32)[bucket] + place
+
+
+def stream_batch(
+    step: jax.Array | int, stream: jax.Array, batch_size: int, time: int
+) -> dict[str, jax.Array]:
+    """Windows that follow one another, for truncated backpropagation through time.
+
+    The stream is cut into `batch_size` parts of `w * time` tokens, and each row reads a
+    part of its own, `time` tokens a step: what row b holds at step s continues what it
+    held at step s - 1. After w steps all begin again. Up to `batch_size * time` tokens
+    at the end are left out.
+
+    Args:
+        step: int32 scalar, may be traced.
+        stream: int [n], the tokens of a text.
+        batch_size: number of parts.
+        time: tokens of a window.
+
+    Returns:
+        "inputs" and "targets" [batch_size, time], the targets being one token ahead;
+        "lengths" int32 [batch_size], all `time`; "reset" bool scalar: whether the
+        windows are the first of the parts, so that no state is to be carried on.
+
+    Raises:
+        ValueError: the stream is shorter than one window for each row.
+    """
+    windows = (len(stream) - 1) // (batch_size * time) if batch_size * time > 0 else 0
+    if windows < 1:
+        raise ValueError(
+            "batch_size and time must be 1 or more, and batch_size * time below the "
+            f"stream's length {len(stream)}, got {batch_size} and {time}."
+        )
+    window = jnp.asarray(step, jnp.int32) % windows
+    starts = jnp.arange(batch_size) * (windows * time) + window * time
+    return _windows(stream, starts, time) | {"reset": window == 0}
+
+
+def random_windows(
+    key: jax.Array, stream: jax.Array, batch_size: int, time: int
+) -> dict[str, jax.Array]:
+    """Windows from anywhere, each starting point being alike likely.
+
+    Args:
+        key: PRNG key of the batch.
+        stream: int [n], the tokens of a text.
+        batch_size: number of windows.
+        time: tokens of a window.
+
+    Returns:
+        "inputs", "targets" and "lengths", see `stream_batch`.
+
+    Raises:
+        ValueError: the stream is shorter than a window.
+    """
+    if not 1 <= time < len(stream):
+        raise ValueError(
+            f"time must be in 1..{len(stream) - 1}, one below the stream's length, got "
+            f"{time}."
+        )
+    starts = jax.random.randint(key, (batch_size,), 0, len(stream) - time)
+    return _windows(stream, starts, time)
+
+
+def _windows(stream: jax.Array, starts: jax.Array, time: int) -> dict[str, jax.Array]:
+    tokens = stream[starts[:, None] + jnp.arange(time + 1)]
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "lengths": jnp.full(len(starts), time, jnp.int32),
+    }
 
 
 def draw_prevalences(

@@ -1,4 +1,5 @@
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -503,3 +504,129 @@ def test_without_strength_tilted_bags_are_drawn_evenly():
     indices, _ = samplers.draw_tilted_bags(KEY, positions, labels, 5, 100, 500, 0.0)
     counts = np.bincount(np.asarray(indices).ravel(), minlength=50)
     assert abs(counts / 1000 - 1).max() < 0.15
+
+
+# Groups of sequences of alike lengths.
+
+LENGTHS = np.sort(np.random.default_rng(3).geometric(0.1, 200))
+
+
+def padded_steps(lengths, stops):
+    groups = np.split(lengths, stops)
+    return sum(len(group) * group.max() for group in groups if len(group))
+
+
+@pytest.mark.parametrize(("num_buckets", "min_size"), [(1, 1), (3, 1), (3, 4), (9, 3)])
+def test_no_other_cut_has_less_padding(num_buckets, min_size):
+    lengths = np.sort(np.random.default_rng(num_buckets).integers(1, 9, 14))
+    buckets = samplers.length_buckets(lengths, num_buckets, min_size)
+    assert 1 <= len(buckets) <= num_buckets
+    assert buckets[0][0] == 0 and buckets[-1][1] == len(lengths)
+    for (start, stop, length), following in itertools.zip_longest(buckets, buckets[1:]):
+        assert stop - start >= min_size
+        assert length == lengths[start:stop].max()
+        assert following is None or following[0] == stop
+    best = min(
+        padded_steps(lengths, stops)
+        for k in range(num_buckets)
+        for stops in itertools.combinations(range(1, len(lengths)), k)
+        if np.diff([0, *stops, len(lengths)]).min() >= min_size
+        # Examples of one length stay together.
+        and all(lengths[s - 1] < lengths[s] for s in stops)
+    )
+    assert sum((b - a) * length for a, b, length in buckets) == best
+
+
+def test_buckets_save_padding():
+    lengths = LENGTHS
+    steps = [
+        sum((b - a) * length for a, b, length in samplers.length_buckets(lengths, k, 8))
+        for k in (1, 2, 4, 8)
+    ]
+    assert steps[0] == len(lengths) * lengths.max()
+    assert steps == sorted(steps, reverse=True)
+    assert steps[-1] < 1.25 * lengths.sum()
+
+
+def test_few_examples_are_one_bucket():
+    assert samplers.length_buckets([2, 3], 4, 10) == ((0, 2, 3),)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_buckets"), [([2, 1], 1), ([], 1), ([[1]], 1), ([1], 0)]
+)
+def test_impossible_buckets_are_refused(lengths, num_buckets):
+    with pytest.raises(ValueError, match="lengths must be|num_buckets and min_size"):
+        samplers.length_buckets(lengths, num_buckets)
+
+
+def test_an_epoch_of_buckets_visits_examples_once():
+    buckets = ((0, 50, 3), (50, 57, 5), (57, 200, 9))
+    batch_size = 7
+    batches = 50 // 7 + 1 + 143 // 7
+    draw = functools.partial(
+        samplers.bucketed_batch, buckets=buckets, batch_size=batch_size
+    )
+    steps = jnp.arange(4 * batches)
+    which, indices = jax.jit(jax.vmap(draw, (None, 0)))(KEY, steps)
+    assert which.dtype == indices.dtype == jnp.int32
+    which, indices = np.asarray(which), np.asarray(indices)
+    bounds = np.array(buckets)[which]
+    assert (bounds[:, :1] <= indices).all() and (indices < bounds[:, 1:2]).all()
+    epochs = indices.reshape(4, -1)
+    for epoch in epochs:
+        assert len(set(epoch)) == batches * batch_size  # none twice
+    orders = which.reshape(4, -1)
+    for order in orders:
+        np.testing.assert_array_equal(np.bincount(order), [7, 1, 20])
+    assert len({tuple(order) for order in orders}) == 4
+    # What is left over is not the same each time.
+    assert len(np.unique(epochs)) == 200
+    np.testing.assert_array_equal(draw(KEY, 5)[1], indices[5])
+    assert (draw(jax.random.key(1), 5)[1] != indices[5]).any()
+
+
+@pytest.mark.parametrize("batch_size", [0, 5])
+def test_a_batch_must_fit_the_smallest_bucket(batch_size):
+    with pytest.raises(ValueError, match=r"1\.\.4, the size of the smallest bucket"):
+        samplers.bucketed_batch(KEY, 0, ((0, 9, 1), (9, 13, 2)), batch_size)
+
+
+# Streams.
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "time"), [(61, 3, 5), (60, 3, 5), (26, 1, 5)]
+)
+def test_rows_of_a_stream_go_on_where_they_were(size, batch, time):
+    stream = jnp.arange(size)
+    windows = (size - 1) // (batch * time)
+    step = jax.jit(
+        functools.partial(samplers.stream_batch, batch_size=batch, time=time)
+    )
+    found = [jax.device_get(step(s, stream)) for s in range(2 * windows)]
+    for epoch in (found[:windows], found[windows:]):
+        rows = np.concatenate([b["inputs"] for b in epoch], axis=1)
+        part = windows * time
+        np.testing.assert_array_equal(rows, np.arange(batch * part).reshape(batch, -1))
+        assert [bool(b["reset"]) for b in epoch] == [True] + [False] * (windows - 1)
+        for b in epoch:
+            np.testing.assert_array_equal(b["targets"], b["inputs"] + 1)
+            np.testing.assert_array_equal(b["lengths"], [time] * batch)
+
+
+def test_random_windows_come_from_everywhere():
+    stream = jnp.arange(30) * 2
+    windows = samplers.random_windows(KEY, stream, 4000, 6)
+    np.testing.assert_array_equal(windows["targets"], windows["inputs"] + 2)
+    np.testing.assert_array_equal(np.diff(windows["inputs"], axis=1), 2)
+    starts = np.asarray(windows["inputs"][:, 0]) // 2
+    assert stats.chisquare(np.bincount(starts, minlength=24)).pvalue > ALPHA
+    assert windows["targets"].max() == 58
+
+
+def test_streams_that_are_too_short_are_refused():
+    with pytest.raises(ValueError, match="below the stream's length 15, got 3 and 5"):
+        samplers.stream_batch(0, jnp.arange(15), 3, 5)
+    with pytest.raises(ValueError, match=r"time must be in 1\.\.4.*got 5"):
+        samplers.random_windows(KEY, jnp.arange(5), 2, 5)

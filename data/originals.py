@@ -1,0 +1,120 @@
+"""Published files: found in a folder or downloaded when asked to, and checked."""
+
+import dataclasses
+import gzip
+import hashlib
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+from data.datasets import DataError, _cache_dir
+
+
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """A file as it was published.
+
+    Attributes:
+        name: of the file or, with `archive`, of the member.
+        sha256: of the *uncompressed* content, which holds for any mirror.
+        url: where it, gzipped or not, or its archive is published.
+        archive: name of the zip archive it is a member of; "": it is a file by itself.
+    """
+
+    name: str
+    sha256: str
+    url: str
+    archive: str = ""
+
+
+def read(
+    original: Original,
+    dataset: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    source_dir: str | os.PathLike | None = None,
+    download: bool = False,
+) -> tuple[bytes, str]:
+    """The content of a published file, and in words where it is from.
+
+    Args:
+        original: which file.
+        dataset: what it is part of; its downloads have a folder of that name.
+        data_dir: see `data.load`.
+        source_dir: a folder that holds the file, gzipped or not, or its archive.
+        download: whether it may be downloaded where it is missing.
+
+    Returns:
+        The uncompressed content, and its source.
+
+    Raises:
+        DataError: the file is missing, cannot be downloaded, or is not the published
+            one.
+    """
+    downloads = _cache_dir(data_dir) / "downloads" / "archs" / dataset
+    folder = downloads if source_dir is None else Path(source_dir).expanduser()
+    for path in _candidates(original, folder):
+        if path.exists():
+            return _checked(original, path), f"folder {folder}"
+    published = original.archive or Path(original.url).name
+    remedy = f"put {published} of {original.url} into {folder}"
+    if source_dir is not None or not download:
+        allow = "" if source_dir is not None else "allow download=True, or "
+        raise DataError(f"{dataset} needs {original.name}: {allow}{remedy}.")
+    return _download(original, downloads, remedy), f"downloaded from {original.url}"
+
+
+def _candidates(original: Original, folder: Path) -> list[Path]:
+    name = Path(original.name).name
+    names = [original.name, name, f"{name}.gz", original.archive]
+    # The published name where a clearer one is used here.
+    names.append("" if original.archive else Path(original.url).name)
+    return [folder / name for name in names if name]
+
+
+def _checked(original: Original, path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        elif original.archive and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                content = archive.read(original.name)
+        found = f"the content's SHA-256 is {hashlib.sha256(content).hexdigest()}"
+    except (OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+        found = f"it cannot be read ({error})"
+    if not found.endswith(original.sha256):
+        raise DataError(
+            f"{path} is damaged or not the published file: expected {original.name} of "
+            f"SHA-256 {original.sha256}, but {found}. Replace it."
+        )
+    return content
+
+
+def _download(original: Original, folder: Path, remedy: str) -> bytes:
+    """A file gets its name only once it is whole and checked."""
+    import requests
+
+    from data.builders import _connect
+
+    path = folder / (original.archive or Path(original.url).name)
+    part = path.with_suffix(f"{path.suffix}.{os.getpid()}.part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _connect(original.url) as response, open(part, "wb") as file:
+            for chunk in response.iter_content(1 << 20):
+                file.write(chunk)
+        content = _checked(original, part)
+        part.rename(path)
+    except requests.RequestException as error:
+        raise DataError(
+            f"Could not download {original.url} ({error}). Instead, {remedy}."
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error}. Another data_dir may help."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return content

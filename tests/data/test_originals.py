@@ -1,0 +1,110 @@
+import gzip
+import hashlib
+import io
+import zipfile
+
+import pytest
+import requests
+
+import data
+from data import builders, originals
+
+CONTENT = b"Ser, o no ser.\n"
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+FILE = originals.Original("play.txt", SHA256, "https://example.org/raw/input.txt")
+MEMBER = originals.Original(
+    "plays/one.txt", SHA256, "https://example.org/plays.zip", "plays.zip"
+)
+
+
+def zipped(name="plays/one.txt"):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(name, CONTENT)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("original", "name", "content"),
+    [
+        (FILE, "play.txt", CONTENT),
+        (FILE, "play.txt.gz", gzip.compress(CONTENT)),
+        (FILE, "input.txt", CONTENT),
+        (MEMBER, "plays.zip", zipped()),
+        (MEMBER, "one.txt", CONTENT),
+        (MEMBER, "plays/one.txt", CONTENT),
+    ],
+)
+def test_a_file_is_found_in_a_folder_under_any_of_its_names(
+    original, name, content, tmp_path
+):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    found, source = originals.read(original, "plays", source_dir=tmp_path)
+    assert found == CONTENT and source == f"folder {tmp_path}"
+
+
+@pytest.mark.parametrize(
+    ("original", "name", "content", "reason"),
+    [
+        (FILE, "play.txt", b"Ser.", "content's SHA-256 is"),
+        (FILE, "play.txt.gz", gzip.compress(CONTENT)[:-9], "cannot be read"),
+        (MEMBER, "plays.zip", zipped("other.txt"), "cannot be read"),
+        (MEMBER, "plays.zip", zipped()[:-30], "content's SHA-256 is"),
+    ],
+)
+def test_what_is_not_the_published_file_is_refused(
+    original, name, content, reason, tmp_path
+):
+    (tmp_path / name).write_bytes(content)
+    message = f"{name} is damaged or not the published file: expected.*{reason}"
+    with pytest.raises(data.DataError, match=message):
+        originals.read(original, "plays", source_dir=tmp_path)
+
+
+def test_a_missing_file_says_what_to_do(tmp_path):
+    message = "plays needs play.txt: allow download=True, or put input.txt of https.*"
+    with pytest.raises(data.DataError, match=message + str(tmp_path)):
+        originals.read(FILE, "plays", data_dir=tmp_path)
+    with pytest.raises(data.DataError, match="one.txt: put plays.zip of") as error:
+        originals.read(MEMBER, "plays", source_dir=tmp_path, download=True)
+    assert "download=True" not in str(error.value)
+
+
+class Response(io.BytesIO):
+    def iter_content(self, size):
+        yield from iter(lambda: self.read(size), b"")
+
+
+@pytest.mark.parametrize(
+    ("original", "content"), [(FILE, gzip.compress(CONTENT)), (MEMBER, zipped())]
+)
+def test_a_download_is_kept(original, content, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        builders, "_connect", lambda url: asked.append(url) or Response(content)
+    )
+    for source in (f"downloaded from {original.url}", f"folder {tmp_path}"):
+        found, told = originals.read(
+            original, "plays", data_dir=tmp_path, download=True
+        )
+        assert found == CONTENT and told.startswith(source)
+    assert asked == [original.url]
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
+def test_a_damaged_download_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, "_connect", lambda url: Response(b"<html>"))
+    with pytest.raises(data.DataError, match="not the published file"):
+        originals.read(FILE, "plays", data_dir=tmp_path, download=True)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_no_network_says_what_to_do_instead(tmp_path, monkeypatch):
+    def fail(url):
+        raise requests.ConnectTimeout("no answer")
+
+    monkeypatch.setattr(builders, "_connect", fail)
+    with pytest.raises(data.DataError, match="no answer.*Instead, put input.txt"):
+        originals.read(FILE, "plays", data_dir=tmp_path, download=True)
