@@ -4,7 +4,8 @@ Each module holds one architecture or one idea; all public names are importable 
 here.
 """
 
-from . import contracts, pooling, quantification
+from . import attention, contracts, decoding, pooling, quantification, transformer
+from .attention import AdditiveAttention, MultiHeadAttention, dot_product_attention
 from .chunked import apply_in_chunks, apply_sharded
 from .contracts import (
     assert_batch_independent,
@@ -84,12 +85,37 @@ from .quantification import (
     smooth,
     squared_error,
 )
+from .recurrent import (
+    Bidirectional,
+    GRUCell,
+    LSTMCell,
+    PeepholeLSTMCell,
+    Recurrent,
+    RecurrentEncoderDecoder,
+    RecurrentStack,
+    SequenceClassifier,
+    SequenceModel,
+    SimpleCell,
+    generate,
+)
 from .set_transformer import ISAB, MAB, PMA, SAB, SetNorm, SetTransformer
+from .transformer import (
+    Transformer,
+    TransformerClassifier,
+    TransformerDecoder,
+    TransformerEncoder,
+    TransformerLanguageModel,
+    TransformerLayer,
+)
 
 __all__ = [
     "CNN",
+    "Bidirectional",
+    "GRUCell",
+    "LSTMCell",
     "MLP",
     "AdaptiveHistogram",
+    "AdditiveAttention",
     "Classifier",
     "CubicHistogram",
     "CumulativeHistogram",
@@ -108,16 +134,30 @@ __all__ = [
     "ISAB",
     "LinearHistogram",
     "MAB",
+    "MultiHeadAttention",
+    "PeepholeLSTMCell",
     "PMA",
     "PowerMean",
     "PrevalenceHead",
     "Quantiles",
     "RBFHistogram",
+    "Recurrent",
+    "RecurrentEncoderDecoder",
+    "RecurrentStack",
     "SAB",
+    "SequenceClassifier",
+    "SequenceModel",
     "SetNorm",
     "SetTransformer",
     "SigmoidHistogram",
+    "SimpleCell",
     "SoftHistogram",
+    "Transformer",
+    "TransformerClassifier",
+    "TransformerDecoder",
+    "TransformerEncoder",
+    "TransformerLanguageModel",
+    "TransformerLayer",
     "absolute_error",
     "adaptive_histogram",
     "adjusted_classify_and_count",
@@ -133,14 +173,18 @@ __all__ = [
     "assert_permutation_invariant",
     "assert_size_generalization",
     "assert_weights_are_multiplicities",
+    "attention",
     "centered_kernel_alignment",
     "classify_and_count",
     "confusion_matrix",
     "contracts",
     "cubic_histogram",
+    "decoding",
+    "dot_product_attention",
     "encode_elements",
     "expectation_maximization",
     "fit_mixture",
+    "generate",
     "hard_histogram",
     "initial_mixture",
     "kl_divergence",
@@ -174,4 +218,5 @@ __all__ = [
     "squared_error",
     "std_pool",
     "sum_pool",
+    "transformer",
 ]

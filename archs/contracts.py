@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SetFunction = Callable[[jax.Array, jax.Array | None], Any]
+SequenceFunction = Callable[[jax.Array, jax.Array], jax.Array]
 WeightedSetFunction = Callable[[jax.Array, jax.Array | None, jax.Array | None], Any]
 
 
@@ -257,6 +258,41 @@ def assert_padding_invariant(
             kept = gradient[:, front : front + size]
             slack = _slack(kept, rtol, size)
             _assert_close(f"{name}: gradient", expected_gradient, kept, slack)
+
+
+def assert_sequence_padding_invariant(
+    f: SequenceFunction, inputs: jax.Array, *, rtol: float | None = None
+) -> None:
+    """Asserts that what follows the end of a sequence changes no answer of `f`.
+
+    The first half of the sequences is given alone, and then with padding after it:
+    of floating inputs the rest of the sequences, huge numbers and NaN, of token ids the
+    rest and zeros.
+
+    Args:
+      f: a function of (inputs, lengths) to an array [sequence, ...] or, where it
+        answers step by step, [sequence, step, ...]; lengths is int32 [sequence].
+      inputs: [sequence, step, *features], floating or integer; two steps or more.
+      rtol: as in `assert_permutation_invariant`.
+
+    Raises:
+      AssertionError: an answer differs, or is not finite.
+    """
+    length = inputs.shape[1] // 2
+    lengths = jnp.full(len(inputs), length, jnp.int32)
+    f = jax.jit(f)
+    expected = f(inputs[:, :length], lengths)
+    floating = jnp.issubdtype(inputs.dtype, jnp.floating)
+    fillings = [jnp.finfo(inputs.dtype).max, jnp.nan] if floating else [0]
+    for contents in (None, *fillings):
+        padded = inputs
+        if contents is not None:
+            padded = padded.at[:, length:].set(contents)
+        found = f(padded, lengths)
+        if found.shape != expected.shape:  # it answers step by step
+            found = found[:, :length]
+        name = "padding invariance of a sequence"
+        _assert_close(name, expected, found, rtol, size=length)
 
 
 def assert_finite_on_empty_set(f: SetFunction, inputs: jax.Array) -> None:

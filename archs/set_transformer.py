@@ -36,147 +36,13 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from .attention import attend, wide_dtype
 from .contracts import check_set, check_weights, present
 from .dropout import Dropout
 from .encoders import dense, encode_elements, uniform_fan_in
 
 _BLOCKS = ("paper", "official", "clean_path")
 _NORMALIZATIONS = (None, "layer", "set")
-# How many logits a block holds: those of a CPU stay in a core's cache.
-_CPU_BLOCK, _ACCELERATOR_BLOCK = 2**19, 2**25
-
-
-def attend(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    log_weights: jax.Array | None = None,
-    *,
-    block_size: int | None = None,
-) -> jax.Array:
-    """`softmax(Q K' + log w) V`, where a query without any key gets 0.
-
-    More logits than four blocks of `block_size` are computed block by block, and again
-    in the backward pass, for which only each query's log-normaliser is kept.
-
-    Args:
-      queries: [bag, head, query, d], scaled.
-      keys: [bag, head, element, d].
-      values: [bag, head, element, f].
-      log_weights: None or [bag, element]; -inf is an absent element. What it has for
-        key and value must be finite.
-      block_size: the number of logits in memory at a time, at least those of one query;
-        None: as it suits the device.
-
-    Returns:
-      [bag, head, query, f] in the dtype of the values; the softmax is float32 at least.
-    """
-    if block_size is None:
-        on_cpu = jax.default_backend() == "cpu"
-        block_size = _CPU_BLOCK if on_cpu else _ACCELERATOR_BLOCK
-    bags, heads, num_queries, _ = queries.shape
-    num_keys = keys.shape[2]
-    if log_weights is not None:
-        log_weights = log_weights[:, None, None].astype(_wide_dtype(queries))
-    # To keep a few blocks costs less than to compute them again.
-    if bags * heads * num_queries * num_keys <= 4 * block_size:
-        return _attend(queries, keys, values, log_weights)[0]
-
-    # All queries of several heads in a block, or several blocks of queries a head.
-    per_head = num_queries * num_keys
-    group = max(
-        size
-        for size in range(1, bags * heads + 1)
-        if bags * heads % size == 0 and (size == 1 or size * per_head <= block_size)
-    )
-    num_blocks = min(num_queries, -(-group * per_head // block_size))
-    rows = -(-num_queries // num_blocks)
-    extra = num_blocks * rows - num_queries
-    blocks = jnp.pad(queries, ((0, 0), (0, 0), (0, extra), (0, 0)))
-    blocks = blocks.reshape(-1, group, num_blocks, rows, queries.shape[-1])
-    if log_weights is not None:
-        log_weights = jnp.broadcast_to(log_weights, (bags, heads, 1, num_keys))
-        log_weights = log_weights.reshape(-1, group, 1, num_keys)
-    out = _attend_blocks(
-        blocks.swapaxes(1, 2),  # [group, block, head, query, d]
-        keys.reshape(-1, group, *keys.shape[2:]),
-        values.reshape(-1, group, *values.shape[2:]),
-        log_weights,
-    )
-    out = out.swapaxes(1, 2).reshape(bags, heads, num_queries + extra, -1)
-    return out[:, :, :num_queries]
-
-
-def _logits(q: jax.Array, k: jax.Array, log_weights: jax.Array | None) -> jax.Array:
-    logits = jnp.einsum(
-        "...qd,...kd->...qk", q, k, preferred_element_type=_wide_dtype(q)
-    )
-    return logits if log_weights is None else logits + log_weights
-
-
-def _attend(q, k, v, log_weights):
-    """Averages [..., query, f] of the values and log-normalisers [..., query, 1]."""
-    logits = _logits(q, k, log_weights)
-    top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True, initial=-jnp.inf))
-    top = jnp.where(top == -jnp.inf, 0, top)
-    votes = jnp.exp(logits - top)
-    total = jnp.sum(votes, -1, keepdims=True)
-    total = jnp.where(total > 0, total, 1)  # not of the empty set
-    # To divide the averages is cheaper than to divide the votes.
-    out = jnp.einsum(
-        "...qk,...kf->...qf",
-        votes.astype(v.dtype),
-        v,
-        preferred_element_type=_wide_dtype(q),
-    )
-    return (out / total).astype(v.dtype), top + jnp.log(total)
-
-
-@jax.custom_vjp
-def _attend_blocks(q, k, v, log_weights):
-    """`_attend` of [group, block, head, query, d] and [group, head, element, d]."""
-    return _attend_blocks_forward(q, k, v, log_weights)[0]
-
-
-def _attend_blocks_forward(q, k, v, log_weights):
-    def of_group(group):
-        return jax.lax.map(lambda q: _attend(q, *group[1:]), group[0])
-
-    out, log_total = jax.lax.map(of_group, (q, k, v, log_weights))
-    return out, (q, k, v, log_weights, out, log_total)
-
-
-def _attend_blocks_backward(residuals, g):
-    def of_group(group):
-        q, k, v, log_weights, *rest = group
-
-        def of_block(sums, block):
-            q, out, log_total, g = block
-            wide = _wide_dtype(q)
-            p = jnp.exp(_logits(q, k, log_weights) - log_total)
-            inner = jnp.sum(g.astype(wide) * out.astype(wide), -1, keepdims=True)
-            d_logits = p * (_logits(g, v, None) - inner)
-            narrow = d_logits.astype(q.dtype)
-            terms = (
-                jnp.einsum("hqk,hqd->hkd", narrow, q, preferred_element_type=wide),
-                jnp.einsum(
-                    "hqk,hqf->hkf", p.astype(g.dtype), g, preferred_element_type=wide
-                ),
-                None if log_weights is None else d_logits.sum(1, keepdims=True),
-            )
-            dq = jnp.einsum("hqk,hkd->hqd", narrow, k, preferred_element_type=wide)
-            return jax.tree.map(jnp.add, sums, terms), dq.astype(q.dtype)
-
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, _wide_dtype(x)), (k, v, log_weights)
-        )
-        (dk, dv, d_log_weights), dq = jax.lax.scan(of_block, zeros, (q, *rest))
-        return dq, dk.astype(k.dtype), dv.astype(v.dtype), d_log_weights
-
-    return jax.lax.map(of_group, (*residuals, g))
-
-
-_attend_blocks.defvjp(_attend_blocks_forward, _attend_blocks_backward)
 
 
 def multihead_attention(
@@ -264,7 +130,7 @@ class SetNorm(nn.Module):
         x, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
         real = present(mask, weights)
         x = _zero_absent(x, real)
-        wide = x.astype(_wide_dtype(x))
+        wide = x.astype(wide_dtype(x))
         counts = jnp.ones(x.shape[:2], wide.dtype) if weights is None else weights
         counts = counts if real is None else jnp.where(real, counts, 0)
         total = x.shape[-1] * counts.sum(1, keepdims=True)
@@ -688,7 +554,7 @@ def _log_weights(real: jax.Array | None, weights: jax.Array | None) -> jax.Array
     if weights is None:
         return jnp.where(real, 0, -jnp.inf)
     # Chosen before the logarithm: its gradient is finite then.
-    weights = jnp.where(real, weights, 1).astype(_wide_dtype(weights))
+    weights = jnp.where(real, weights, 1).astype(wide_dtype(weights))
     return jnp.where(real, jnp.log(weights), -jnp.inf)
 
 
@@ -706,7 +572,3 @@ def _check_elements(
             f"shape given is {x.shape}; give an encoder for elements of more axes."
         )
     check_weights(weights, x.shape[:2])
-
-
-def _wide_dtype(x: jax.Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)

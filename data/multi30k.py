@@ -237,6 +237,10 @@ class Multi30k:
         """The text of ids, in either language."""
         return self._subwords.decode(sequences.real_ids(ids))
 
+    def token(self, token_id: int) -> str:
+        """The sub-word of an id, in either language; "▁" begins a word."""
+        return self._subwords.id_to_piece(int(token_id))
+
 
 def _learn(lines: list[str], options: dict, path: Path) -> None:
     """The file gets its name only once it is whole."""

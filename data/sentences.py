@@ -226,6 +226,10 @@ class NumberAgreement:
         """The words of ids."""
         return " ".join(self.vocabulary.decode(ids))
 
+    def token(self, token_id: int) -> str:
+        """The word of an id."""
+        return self.vocabulary.token(token_id)
+
 
 _OPENERS = ("ayer", "hoy", "mañana", "esta tarde", "el lunes", "un día")
 _SEEING = (
@@ -353,6 +357,10 @@ class RomaDisambiguation:
     def decode(self, ids: np.ndarray) -> str:
         """The words of ids."""
         return " ".join(self.vocabulary.decode(ids))
+
+    def token(self, token_id: int) -> str:
+        """The word of an id."""
+        return self.vocabulary.token(token_id)
 
 
 _MONTHS = ("enero", "febrero", "marzo", "abril", "mayo", "junio", "julio", "agosto")
@@ -523,6 +531,14 @@ class DateTranslation:
         """The characters of targets' ids."""
         return "".join(self.vocabulary.decode(ids))
 
+    def token(self, token_id: int) -> str:
+        """The character of a target's id."""
+        return self.vocabulary.token(token_id)
+
     def decode_source(self, ids: np.ndarray) -> str:
         """The characters of inputs' ids."""
         return "".join(self.source_vocabulary.decode(ids))
+
+    def source_token(self, token_id: int) -> str:
+        """The character of an input's id."""
+        return self.source_vocabulary.token(token_id)

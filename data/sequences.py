@@ -66,9 +66,13 @@ class Vocabulary:
         """Ids of tokens; what is not in the vocabulary is unknown."""
         return [self._ids.get(token, UNKNOWN) for token in tokens]
 
+    def token(self, token_id: int) -> str:
+        """The token of an id, a special one as "<pad>"."""
+        return (SPECIAL_TOKENS + self.words)[token_id]
+
     def decode(self, ids: Iterable[int]) -> list[str]:
         """Tokens of ids up to the end of the sequence, without BOS and padding."""
-        return [(SPECIAL_TOKENS + self.words)[i] for i in real_ids(ids)]
+        return [self.token(i) for i in real_ids(ids)]
 
 
 def real_ids(ids: Iterable[int]) -> list[int]:

@@ -374,5 +374,8 @@ class EmbeddedReber:
 
     def decode(self, ids: np.ndarray) -> str:
         """Symbols of ids."""
-        num_special = len(sequences.SPECIAL_TOKENS)
-        return "".join(self.symbols[i - num_special] for i in sequences.real_ids(ids))
+        return "".join(map(self.token, sequences.real_ids(ids)))
+
+    def token(self, token_id: int) -> str:
+        """The symbol of an id."""
+        return (*sequences.SPECIAL_TOKENS, *self.symbols)[token_id]

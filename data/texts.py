@@ -135,6 +135,10 @@ class TinyShakespeare:
         """The text of ids."""
         return "".join(self.vocabulary.decode(ids))
 
+    def token(self, token_id: int) -> str:
+        """The character of an id."""
+        return self.vocabulary.token(token_id)
+
 
 @dataclasses.dataclass(frozen=True)
 class WordText:
@@ -266,6 +270,10 @@ class WordText:
     def decode(self, ids: np.ndarray) -> str:
         """The words of ids, with a space between them."""
         return " ".join(self.vocabulary.decode(ids))
+
+    def token(self, token_id: int) -> str:
+        """The word of an id."""
+        return self.vocabulary.token(token_id)
 
 
 def split_words(text: str) -> list[str]:
@@ -427,6 +435,10 @@ class MovieSentences:
     def decode(self, ids: np.ndarray) -> str:
         """The words of ids, with a space between them."""
         return " ".join(self.vocabulary.decode(ids))
+
+    def token(self, token_id: int) -> str:
+        """The word of an id."""
+        return self.vocabulary.token(token_id)
 
 
 def _on_device(**arrays: np.ndarray) -> dict[str, jax.Array]:

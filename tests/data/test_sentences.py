@@ -222,6 +222,28 @@ def test_dates_are_translated():
     assert batch["inputs"].max() < dataset.spec.source_vocabulary_size
 
 
+@pytest.mark.parametrize(
+    "dataset", [data.NumberAgreement(), data.RomaDisambiguation(), data.EmbeddedReber()]
+)
+def test_tokens_are_those_of_the_text(dataset):
+    batch = numbers(dataset, 5, "test")
+    for ids, length in zip(batch["inputs"], batch["lengths"], strict=True):
+        tokens = [dataset.token(i) for i in ids]
+        text = dataset.decode(ids)
+        assert "".join(tokens[:length]) == text.replace(" ", "")
+        assert set(tokens[length:]) <= {"<pad>"}
+
+
+def test_tokens_of_source_and_target_have_their_own_names():
+    dataset = data.DateTranslation()
+    batch = numbers(dataset, 5, "test")
+    for source, target in zip(batch["inputs"], batch["targets"], strict=True):
+        text = "".join(dataset.source_token(i) for i in source)
+        assert text.startswith(dataset.decode_source(source) + "</s>")
+        text = "".join(dataset.token(i) for i in target)
+        assert text.startswith("<s>" + dataset.decode(target) + "</s>")
+
+
 def test_no_date_is_in_two_splits():
     dataset = data.DateTranslation(split_seed=1)
     parts = {

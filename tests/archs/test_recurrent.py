@@ -1,0 +1,876 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.test_util import check_grads
+
+from archs import (
+    Bidirectional,
+    GRUCell,
+    LSTMCell,
+    PeepholeLSTMCell,
+    Recurrent,
+    RecurrentEncoderDecoder,
+    RecurrentStack,
+    SequenceClassifier,
+    SequenceModel,
+    SimpleCell,
+    generate,
+)
+from archs.recurrent import from_torch, orthogonal_blocks, to_torch
+
+BATCH, TIME, FEATURES, HIDDEN = 3, 6, 4, 5
+LENGTHS = jnp.array([6, 0, 4])
+CELLS = {
+    "simple": SimpleCell(HIDDEN),
+    "relu": SimpleCell(HIDDEN, activation="relu"),
+    "gru": GRUCell(HIDDEN),
+    "plain gru": GRUCell(HIDDEN, relevance_gate=False),
+    "reset after": GRUCell(HIDDEN, reset_after=True),
+    "lstm": LSTMCell(HIDDEN),
+    "peephole": PeepholeLSTMCell(HIDDEN),
+    "full peephole": PeepholeLSTMCell(HIDDEN, full=True),
+}
+TORCH = {
+    "simple": (torch.nn.RNN, {"nonlinearity": "tanh"}),
+    "relu": (torch.nn.RNN, {"nonlinearity": "relu"}),
+    "reset after": (torch.nn.GRU, {}),
+    "lstm": (torch.nn.LSTM, {}),
+}
+each_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
+
+
+def normal(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def sequences(batch=BATCH):
+    return normal(batch, TIME, FEATURES)
+
+
+def random_params(model, *args, **kwargs):
+    """Parameters none of which is zero, biases and peepholes included."""
+    params = jax.eval_shape(model.init, jax.random.key(1), *args, **kwargs)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    draws = [
+        0.5 * jax.random.normal(key, leaf.shape)
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, draws)
+
+
+def close(got, want, tolerance=1e-5):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance),
+        got,
+        want,
+    )
+
+
+# The lecture's equations, one step at a time, float64.
+
+
+def sigma(a):
+    return 1 / (1 + np.exp(-a))
+
+
+def matrices(params, gates):
+    """For every gate M = [W | U], which acts on columns [h, x], and b."""
+    w = np.split(np.float64(params["recurrent_kernel"]), gates, -1)
+    u = np.split(np.float64(params["kernel"]), gates, -1)
+    b = np.split(np.float64(params["bias"]), gates, -1)
+    return [(np.concatenate(pair).T, b) for *pair, b in zip(w, u, b, strict=True)]
+
+
+def literal_loop(params, inputs, step, num_states):
+    outputs = []
+    for x in np.float64(inputs):
+        state = [np.zeros(HIDDEN) for _ in range(num_states)]
+        outputs.append([])
+        for x_t in x:
+            state = step(params, state, x_t)
+            outputs[-1].append(state[0])
+    return np.array(outputs)
+
+
+def literal_simple(params, state, x):
+    ((m, b),) = matrices(params, 1)
+    return [np.tanh(m @ np.concatenate([state[0], x]) + b)]
+
+
+def literal_gru(params, state, x, misprint=False):
+    (h,) = state
+    (m_u, b_u), (m_r, b_r), (m, b) = matrices(params, 3)
+    hx = np.concatenate([h, x])
+    gate_u, gate_r = sigma(m_u @ hx + b_u), sigma(m_r @ hx + b_r)
+    candidate = np.tanh(m @ np.concatenate([gate_r * h, x]) + b)
+    first = gate_r if misprint else gate_u
+    return [first * candidate + (1 - gate_u) * h]
+
+
+def literal_plain_gru(params, state, x):
+    (h,) = state
+    (m_u, b_u), (m, b) = matrices(params, 2)
+    hx = np.concatenate([h, x])
+    gate_u = sigma(m_u @ hx + b_u)
+    return [gate_u * np.tanh(m @ hx + b) + (1 - gate_u) * h]
+
+
+def literal_lstm(params, state, x, misprint=False):
+    """With the misprint, the forget gate is the update gate's: no M_f of its own."""
+    h, c = state
+    hx = np.concatenate([h, x])
+    a_u, a_f, a_o, a_c = (m @ hx + b for m, b in matrices(params, 4))
+    p_u, p_f, p_o = np.float64(params.get("peephole", np.zeros((3, HIDDEN))))
+    see = (lambda p, c: c @ p) if p_u.ndim == 2 else (lambda p, c: p * c)
+    gate_u, gate_f = sigma(a_u + see(p_u, c)), sigma(a_f + see(p_f, c))
+    if misprint:
+        gate_f = gate_u
+    c = gate_u * np.tanh(a_c) + gate_f * c
+    gate_o = sigma(a_o + see(p_o, c))
+    return [gate_o * np.tanh(c), c]
+
+
+LITERAL = {
+    "simple": (literal_simple, 1),
+    "gru": (literal_gru, 1),
+    "plain gru": (literal_plain_gru, 1),
+    "lstm": (literal_lstm, 2),
+    "peephole": (literal_lstm, 2),
+    "full peephole": (literal_lstm, 2),
+}
+
+
+@pytest.mark.parametrize("name", LITERAL)
+def test_equations(name):
+    model, inputs = Recurrent(CELLS[name]), sequences()
+    variables = random_params(model, inputs)
+    outputs, _ = model.apply(variables, inputs)
+    want = literal_loop(variables["params"]["cell"], inputs, *LITERAL[name])
+    close(outputs, want)
+
+
+@pytest.mark.parametrize("name", sorted(LITERAL.keys() - {"simple"}))
+def test_gates_are_those_of_the_equations(name):
+    model, inputs = Recurrent(CELLS[name]), sequences()
+    variables = random_params(model, inputs)
+    params = variables["params"]["cell"]
+    (outputs, _), found = jax.jit(
+        lambda inputs: model.apply(variables, inputs, mutable=["intermediates"])
+    )(inputs)
+    (gates,) = found["intermediates"]["cell"]["gates"]
+    close(outputs, model.apply(variables, inputs)[0])
+    step, num_states = LITERAL[name]
+    is_lstm = num_states == 2
+    names = ["update", "forget" if is_lstm else "relevance", "output"]
+    weights = matrices(params, 4 if is_lstm else 2 + (name == "gru"))[:-1]
+    assert gates.keys() == set(names[: len(weights)])
+    peephole = np.float64(params.get("peephole", np.zeros((3, HIDDEN))))
+    for row, sequence in enumerate(np.float64(inputs)):
+        state = [np.zeros(HIDDEN)] * num_states
+        for t, x in enumerate(sequence):
+            new = step(params, state, x)
+            for gate, (m, b), p in zip(names, weights, peephole, strict=False):
+                a = m @ np.concatenate([state[0], x]) + b
+                if is_lstm:
+                    c = (new if gate == "output" else state)[1]
+                    a += c @ p if p.ndim == 2 else c * p
+                close(gates[gate][row, t], sigma(a))
+            state = new
+
+
+def test_gates_of_all_layers_and_directions_are_told():
+    model = RecurrentStack(CELLS["reset after"], 2, bidirectional=True)
+    inputs = sequences()
+    variables = random_params(model, inputs)
+    outputs, found = model.apply(variables, inputs, LENGTHS, mutable=["intermediates"])
+    close(outputs, model.apply(variables, inputs, LENGTHS))
+    for layer in ("layers_0", "layers_1"):
+        for direction in ("forward", "backward"):
+            (gates,) = found["intermediates"][layer][direction]["cell"]["gates"]
+            assert gates.keys() == {"update", "relevance"}
+            for values in gates.values():
+                assert values.shape == (BATCH, TIME, HIDDEN)
+                assert 0 <= values.min() < values.max() <= 1
+    _, found = Recurrent(CELLS["simple"]).init_with_output(jax.random.key(0), inputs)
+    assert found.keys() == {"params"}
+    _, found = Recurrent(CELLS["simple"]).apply(found, inputs, mutable="intermediates")
+    assert not found
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_misprints_of_the_slides_are_other_functions(name):
+    model, inputs = Recurrent(CELLS[name]), sequences()
+    variables = random_params(model, inputs)
+    outputs, _ = model.apply(variables, inputs)
+    step, num_states = LITERAL[name]
+
+    def misprinted(*args):
+        return step(*args, misprint=True)
+
+    other = literal_loop(variables["params"]["cell"], inputs, misprinted, num_states)
+    assert np.abs(outputs - other).max() > 0.05
+
+
+@each_cell
+def test_a_cell_called_step_by_step_is_the_loop(cell):
+    inputs = sequences()
+    variables = random_params(Recurrent(cell), inputs)
+    outputs, final = Recurrent(cell).apply(variables, inputs)
+    step = jax.jit(cell.apply)
+    state = cell.initial_state(BATCH)
+    for t in range(TIME):
+        own = {"params": variables["params"]["cell"]}
+        state, output = step(own, state, inputs[:, t])
+        close(output, outputs[:, t])
+    close(state, final)
+
+
+# PyTorch with the same weights.
+
+
+@pytest.mark.parametrize("lengths", [None, [6, 2, 4]], ids=["full", "packed"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both"])
+@pytest.mark.parametrize("name", TORCH)
+def test_equals_torch(name, bidirectional, lengths):
+    kind, fields = TORCH[name]
+    torch.manual_seed(0)
+    theirs = kind(
+        FEATURES, HIDDEN, 2, batch_first=True, bidirectional=bidirectional, **fields
+    )
+    x = torch.randn(BATCH, TIME, FEATURES, requires_grad=True)
+    packed = x
+    if lengths is not None:
+        packed = torch.nn.utils.rnn.pack_padded_sequence(
+            x, torch.tensor(lengths), batch_first=True, enforce_sorted=False
+        )
+    want, last = theirs(packed)
+    if lengths is not None:
+        want, _ = torch.nn.utils.rnn.pad_packed_sequence(want, batch_first=True)
+    last = last if isinstance(last, tuple) else (last,)
+    (want**2).sum().backward()
+
+    model = RecurrentStack(CELLS[name], 2, bidirectional=bidirectional)
+    params = from_torch({k: v.detach().numpy() for k, v in theirs.state_dict().items()})
+    lengths = None if lengths is None else jnp.array(lengths)
+
+    @jax.jit
+    def run(params, inputs):
+        def loss(params, inputs):
+            outputs, final = model.apply({"params": params}, inputs, lengths)
+            return (outputs**2).sum(), (outputs, final)
+
+        return jax.grad(loss, (0, 1), has_aux=True)(params, inputs)
+
+    (d_params, d_inputs), (outputs, final) = run(params, x.detach().numpy())
+    close(outputs, want.detach().numpy())
+    close(d_inputs, x.grad.numpy(), 2e-5)
+    hidden = jax.tree.leaves(final)[:: len(last)]
+    close(np.stack(hidden), last[0].detach().numpy())
+
+    # The gradient of b_ih + b_hh is that of either; the rest is laid out as weights.
+    d_torch = to_torch(jax.tree.map(np.asarray, d_params))
+    for weight, parameter in theirs.named_parameters():
+        if weight.startswith("bias_hh"):
+            continue
+        close(d_torch[weight], parameter.grad.numpy(), 2e-5)
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_weights_go_to_torch_and_back(name):
+    model = RecurrentStack(CELLS[name], 2, bidirectional=True)
+    inputs = sequences()
+    variables = random_params(model, inputs)
+    kind, fields = TORCH[name]
+    theirs = kind(FEATURES, HIDDEN, 2, batch_first=True, bidirectional=True, **fields)
+    weights = to_torch(variables["params"])
+    theirs.load_state_dict({k: torch.tensor(np.array(v)) for k, v in weights.items()})
+    with torch.no_grad():
+        want, _ = theirs(torch.tensor(np.asarray(inputs)))
+    close(model.apply(variables, inputs)[0], want.numpy())
+    close(from_torch(weights), variables["params"], 0)
+
+
+def test_weights_without_bias_come_from_torch():
+    theirs = torch.nn.LSTM(FEATURES, HIDDEN, bias=False, batch_first=True)
+    params = from_torch({k: v.numpy() for k, v in theirs.state_dict().items()})
+    inputs = sequences()
+    outputs, _ = RecurrentStack(CELLS["lstm"]).apply({"params": params}, inputs)
+    with torch.no_grad():
+        want, _ = theirs(torch.tensor(np.asarray(inputs)))
+    close(outputs, want.numpy())
+
+
+@pytest.mark.parametrize("name", ["gru", "plain gru", "peephole"])
+def test_what_torch_has_not_is_not_converted(name):
+    variables = random_params(RecurrentStack(CELLS[name]), sequences())
+    with pytest.raises(ValueError, match="torch has SimpleCell"):
+        to_torch(variables["params"])
+
+
+def test_weights_of_something_else_are_refused():
+    projected = torch.nn.LSTM(FEATURES, HIDDEN, proj_size=2).state_dict()
+    for weights in ({}, {"weight": np.zeros((2, 2))}, projected):
+        with pytest.raises(ValueError, match="torch"):
+            from_torch(weights)
+
+
+# Derivatives.
+
+
+def plain_scan(cell, variables, inputs, lengths, reverse):
+    """The loop differentiated by JAX, step by step through the cell's call."""
+    own = {"params": variables["params"]["cell"]}
+
+    def step(state, step_inputs):
+        x, t = step_inputs
+        new, output = cell.apply(own, state, x)
+        real = (t < lengths)[:, None]
+        state = jax.tree.map(lambda a, b: jnp.where(real, a, b), new, state)
+        return state, jnp.where(real, output, 0)
+
+    xs = (inputs.swapaxes(0, 1), jnp.arange(TIME))
+    state = cell.initial_state(len(inputs))
+    state, outputs = jax.lax.scan(step, state, xs, reverse=reverse)
+    return outputs.swapaxes(0, 1), state
+
+
+# Few sequences and many take different ways on a CPU.
+@pytest.mark.parametrize("batch", [3, 9])
+@pytest.mark.parametrize("reverse", [False, True])
+@each_cell
+def test_derivatives_equal_those_of_a_plain_scan(cell, reverse, batch):
+    inputs = sequences(batch)
+    lengths = jnp.arange(batch) % (TIME + 1)
+    model = Recurrent(cell, reverse=reverse)
+    variables = random_params(model, inputs)
+
+    def loss(run):
+        def of(variables, inputs):
+            outputs, state = run(variables, inputs)
+            weighted = outputs * normal(*outputs.shape, seed=5)
+            return weighted.sum() + sum(
+                (leaf * leaf).sum() for leaf in jax.tree.leaves(state)
+            )
+
+        return jax.jit(jax.value_and_grad(of, (0, 1)))
+
+    got = loss(lambda v, x: model.apply(v, x, lengths))(variables, inputs)
+    want = loss(lambda v, x: plain_scan(cell, v, x, lengths, reverse))(
+        variables, inputs
+    )
+    close(got, want, 2e-5)
+
+
+@pytest.mark.parametrize("name", ["simple", "gru", "plain gru", "reset after", "lstm"])
+def test_derivatives_equal_finite_differences(name):
+    model, inputs = Recurrent(CELLS[name]), sequences()
+    variables = random_params(model, inputs)
+    state = jax.tree.map(lambda x: x + 0.3, CELLS[name].initial_state(BATCH))
+
+    @jax.jit
+    def f(variables, inputs, state):
+        return model.apply(variables, inputs, LENGTHS, state)
+
+    args = (variables, inputs, state)
+    check_grads(f, args, order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_second_derivatives_equal_those_of_a_plain_scan():
+    cell, inputs = CELLS["lstm"], sequences()
+    model = Recurrent(cell)
+    variables = random_params(model, inputs)
+    full = jnp.full((BATCH,), TIME)
+
+    def slope(run):
+        def norm(inputs):
+            gradient = jax.grad(lambda x: (run(x)[0] ** 2).sum())(inputs)
+            return (gradient**2).sum()
+
+        return jax.jit(jax.grad(norm))(inputs)
+
+    close(
+        slope(lambda x: model.apply(variables, x)),
+        slope(lambda x: plain_scan(cell, variables, x, full, False)),
+        1e-4,
+    )
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: model.apply(variables, x)[0], (inputs,), (inputs,))
+
+
+def test_backpropagation_through_time():
+    """dL/dW = sum_t d(t) h(t-1)', d(t) = g'(a(t)) * (dL/dh(t) + W' d(t+1))."""
+    model, inputs = Recurrent(SimpleCell(HIDDEN)), sequences()
+    variables = random_params(model, inputs)
+    outputs, _ = model.apply(variables, inputs)
+    target = normal(*outputs.shape, seed=3)
+
+    def loss(variables):
+        return 0.5 * ((model.apply(variables, inputs)[0] - target) ** 2).sum()
+
+    gradient = jax.grad(loss)(variables)["params"]["cell"]
+    h, x = np.float64(outputs), np.float64(inputs)
+    w = np.float64(variables["params"]["cell"]["recurrent_kernel"]).T
+    d_w, d_u, d_b = np.zeros_like(w), np.zeros((HIDDEN, FEATURES)), np.zeros(HIDDEN)
+    for b in range(BATCH):
+        d = np.zeros(HIDDEN)
+        for t in reversed(range(TIME)):
+            d = (1 - h[b, t] ** 2) * (h[b, t] - np.float64(target)[b, t] + w.T @ d)
+            before = h[b, t - 1] if t else np.zeros(HIDDEN)
+            d_w += np.outer(d, before)
+            d_u += np.outer(d, x[b, t])
+            d_b += d
+    close(gradient, {"recurrent_kernel": d_w.T, "kernel": d_u.T, "bias": d_b}, 2e-5)
+
+
+def test_jacobian_of_the_linear_network_is_a_power_of_w():
+    # With relu, and all states positive, the network is h = W h + U x.
+    cell = SimpleCell(HIDDEN, activation="relu")
+    inputs = jnp.ones((1, TIME, FEATURES))
+    variables = jax.tree.map(jnp.abs, random_params(Recurrent(cell), inputs))
+    rest = inputs[:, 1:]
+
+    def last(first_state):
+        return Recurrent(cell).apply(variables, rest, None, first_state)[1]
+
+    jacobian = jax.jacrev(last)(jnp.ones((1, HIDDEN)))[0, :, 0]
+    w = np.float64(variables["params"]["cell"]["recurrent_kernel"]).T
+    close(jacobian, np.linalg.matrix_power(w, TIME - 1), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm", "full peephole"])
+def test_seeds_are_vmapped(name):
+    model, inputs = Recurrent(CELLS[name]), sequences()
+    keys = jax.random.split(jax.random.key(0), 3)
+    stacked = jax.vmap(lambda key: model.init(key, inputs))(keys)
+
+    def gradient(variables):
+        return jax.grad(lambda v: (model.apply(v, inputs, LENGTHS)[0] ** 2).sum())(
+            variables
+        )
+
+    got = jax.jit(jax.vmap(gradient))(stacked)
+    for i in range(3):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], got), gradient(one))
+
+
+# Lengths and states.
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "both"])
+@each_cell
+def test_lengths_equal_truncated_runs(cell, kind):
+    model = Bidirectional(cell)
+    if kind != "both":
+        model = Recurrent(cell, reverse=kind == "reverse")
+    inputs = sequences()
+    variables = random_params(model, inputs)
+    outputs, final = jax.jit(model.apply)(variables, inputs, LENGTHS)
+    for i, length in enumerate([6, 0, 4]):
+        assert not outputs[i, length:].any()
+        row = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], final)
+        if length == 0:
+            close(row, jax.tree.map(jnp.zeros_like, row))
+            continue
+        alone, state = model.apply(variables, inputs[i : i + 1, :length])
+        close(outputs[i, :length], alone[0])
+        close(row, state)
+
+
+@each_cell
+def test_padding_changes_neither_results_nor_gradients(cell):
+    model = RecurrentStack(cell, 2, bidirectional=True, residual=True, layer_norm=True)
+    inputs = sequences()
+    variables = random_params(model, inputs)
+    padding = (jnp.arange(TIME) >= LENGTHS[:, None])[..., None]
+
+    @jax.jit
+    def run(inputs):
+        def loss(variables, inputs):
+            outputs, final = model.apply(variables, inputs, LENGTHS)
+            return (outputs**2).sum(), (outputs, final)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(variables, inputs)
+
+    want = run(inputs)
+    close(run(jnp.where(padding, jnp.nan, inputs)), want, 0)
+    _, (_, d_inputs) = want
+    assert not jnp.where(padding, d_inputs, 0).any()
+
+
+@each_cell
+def test_two_halves_are_the_whole(cell):
+    model, inputs = RecurrentStack(cell, 2), sequences()
+    variables = random_params(model, inputs)
+    whole, last = model.apply(variables, inputs)
+    first, state = model.apply(variables, inputs[:, :2])
+    second, state = model.apply(variables, inputs[:, 2:], initial_state=state)
+    close(jnp.concatenate([first, second], 1), whole)
+    close(state, last)
+
+
+@pytest.mark.parametrize("kind", [Recurrent, Bidirectional, RecurrentStack])
+def test_initial_states_are_learned(kind):
+    model = kind(CELLS["lstm"], learned_initial_state=True)
+    inputs = sequences()
+    variables = model.init(jax.random.key(0), inputs)
+    variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)
+    empty = jnp.zeros(BATCH, int)
+    _, final = model.apply(variables, inputs, empty)
+    close(final, jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), final))
+    gradient = jax.grad(lambda v: model.apply(v, inputs)[0].sum())(variables)
+    assert all(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("merge", ["concat", "sum", "mean"])
+def test_bidirectional_merges_both_directions(merge):
+    model, inputs = Bidirectional(CELLS["gru"], merge), sequences()
+    variables = random_params(model, inputs)
+    outputs, _ = model.apply(variables, inputs, LENGTHS)
+    halves = [
+        Recurrent(CELLS["gru"], reverse=reverse).apply(
+            {"params": variables["params"][name]}, inputs, LENGTHS
+        )[0]
+        for name, reverse in [("forward", False), ("backward", True)]
+    ]
+    if merge == "concat":
+        want = jnp.concatenate(halves, -1)
+    else:
+        want = sum(halves) / (2 if merge == "mean" else 1)
+    close(outputs, want)
+
+
+class Accumulator(nn.Module):
+    """A cell that this library does not know."""
+
+    hidden_size: int
+
+    def initial_state(self, batch_size, dtype=jnp.float32):
+        return jnp.zeros((batch_size, self.hidden_size), dtype)
+
+    @nn.compact
+    def __call__(self, state, inputs):
+        state = state + nn.Dense(self.hidden_size)(inputs)
+        return state, state
+
+
+def test_a_cell_of_ones_own():
+    model, inputs = RecurrentStack(Accumulator(HIDDEN), bidirectional=True), sequences()
+    padding = (jnp.arange(TIME) >= LENGTHS[:, None])[..., None]
+    inputs = jnp.where(padding, jnp.nan, inputs)
+    variables = model.init(jax.random.key(0), inputs, LENGTHS)
+    outputs, _ = model.apply(variables, inputs, LENGTHS)
+    layer = variables["params"]["layers_0"]
+    x = np.where(padding, 0, inputs)
+    for half, name in zip(jnp.split(outputs, 2, -1), layer, strict=True):
+        dense = layer[name]["cell"]["Dense_0"]
+        terms = np.where(padding, 0, x @ dense["kernel"] + dense["bias"])
+        sums = np.cumsum(terms, 1)
+        if name == "backward":
+            sums = np.cumsum(terms[:, ::-1], 1)[:, ::-1]
+        close(half, np.where(padding, 0, sums))
+    gradient = jax.grad(lambda v: (model.apply(v, inputs, LENGTHS)[0] ** 2).sum())(
+        variables
+    )
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+# Dtypes, tokens, initialisers.
+
+
+@each_cell
+def test_bfloat16_stays_bfloat16(cell):
+    cell = cell.clone(dtype=jnp.bfloat16)
+    model, inputs = RecurrentStack(cell, 2, layer_norm=True, residual=True), sequences()
+    variables = model.init(jax.random.key(0), inputs)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
+    results = model.apply(variables, inputs, LENGTHS)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(results)} == {"bfloat16"}
+    exact = model.clone(cell=cell.clone(dtype=None)).apply(variables, inputs, LENGTHS)
+    close(jax.tree.map(jnp.float32, results), exact, 0.05)
+    gradient = jax.grad(lambda v: model.apply(v, inputs)[0].astype(jnp.float32).sum())(
+        variables
+    )
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(gradient)} == {"float32"}
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm", "full peephole"])
+def test_tokens_are_one_hot_vectors(name):
+    model = Recurrent(CELLS[name].clone(vocabulary_size=FEATURES))
+    tokens = jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, FEATURES)
+    one_hot = jax.nn.one_hot(tokens, FEATURES)
+    variables = random_params(model, tokens)
+
+    def gradient(inputs):
+        def loss(variables):
+            outputs, state = model.apply(variables, inputs, LENGTHS)
+            return (outputs**2).sum(), (outputs, state)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables)
+
+    close(gradient(tokens), gradient(one_hot))
+
+
+def test_recurrent_kernels_are_orthogonal_blocks():
+    for name, cell in CELLS.items():
+        variables = Recurrent(cell).init(jax.random.key(0), sequences())
+        kernel = variables["params"]["cell"]["recurrent_kernel"]
+        blocks = np.split(kernel, kernel.shape[1] // HIDDEN, -1)
+        for block in blocks:
+            close(block @ block.T, np.eye(HIDDEN), 1e-5)
+        assert len({float(block[0, 0]) for block in blocks}) == len(blocks), name
+    half = orthogonal_blocks(2)(jax.random.key(0), (4, 8), jnp.bfloat16)
+    assert half.dtype == jnp.bfloat16
+
+
+def test_forget_bias():
+    inputs = sequences()
+    for value in (1.0, 3.0):
+        model = Recurrent(LSTMCell(HIDDEN, forget_bias=value))
+        variables = model.init(jax.random.key(0), inputs)
+        bias = variables["params"]["cell"]["bias"].reshape(4, HIDDEN)
+        close(bias, np.array([[0], [value], [0], [0]]) * np.ones(HIDDEN), 0)
+
+
+def test_chrono_initialisation():
+    cell = LSTMCell(1000, chrono_max_length=100)
+    variables = Recurrent(cell).init(jax.random.key(0), sequences())
+    update, forget, output, candidate = variables["params"]["cell"]["bias"].reshape(
+        4, -1
+    )
+    close(update, -forget, 0)
+    times = np.exp(forget)
+    assert 1 <= times.min() < 2 and 98 < times.max() <= 99.01
+    assert abs(times.mean() - 50) < 5
+    assert not output.any() and not candidate.any()
+    with pytest.raises(ValueError, match="chrono_max_length must be 3 or more"):
+        Recurrent(LSTMCell(2, chrono_max_length=2)).init(jax.random.key(0), sequences())
+
+
+# Stacks and models.
+
+
+@pytest.mark.parametrize("variational", [False, True])
+def test_variational_dropout_is_one_mask_for_all_steps(variational):
+    cell = SimpleCell(64, activation="relu")
+    model = RecurrentStack(cell, dropout_rate=0.5, variational=variational)
+    inputs = jnp.ones((2, TIME, FEATURES))
+    variables = jax.tree.map(
+        lambda leaf: jnp.abs(leaf) / 10, random_params(model, inputs)
+    )
+    full, _ = model.apply(variables, inputs)
+    assert (full > 0).all()
+    dropped, _ = model.apply(
+        variables, inputs, train=True, rngs={"dropout": jax.random.key(0)}
+    )
+    kept = np.asarray(dropped) > 0
+    assert 0.3 < kept.mean() < 0.7
+    close(dropped[kept], 2 * full[kept])
+    assert (kept == kept[:, :1]).all() == variational
+    assert (kept[0] != kept[1]).any()
+
+
+def test_residuals_and_layer_norm():
+    inputs = normal(BATCH, TIME, HIDDEN)
+    plain = RecurrentStack(CELLS["gru"])
+    variables = random_params(plain, inputs)
+    outputs, _ = plain.apply(variables, inputs)
+    added, _ = plain.clone(residual=True).apply(variables, inputs)
+    close(added, outputs + inputs)
+    model = plain.clone(layer_norm=True)
+    params = model.init(jax.random.key(0), inputs)["params"] | variables["params"]
+    normed, _ = model.apply({"params": params}, inputs)
+    x = np.asarray(outputs)
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    close(normed, x, 1e-4)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("pooling", ["last", "mean", "max"])
+def test_classifier_reads_real_steps(pooling, bidirectional):
+    stack = RecurrentStack(CELLS["lstm"], bidirectional=bidirectional)
+    model = SequenceClassifier(stack, 3, pooling=pooling)
+    inputs = sequences()
+    variables = random_params(model, inputs)
+    logits = model.apply(variables, inputs, LENGTHS)
+    own = {"params": variables["params"]["stack"]}
+    outputs, final = stack.apply(own, inputs[2:, :4])
+    pooled = {"mean": outputs.mean(1), "max": outputs.max(1)}.get(pooling)
+    if pooling == "last":
+        hidden = jax.tree.leaves(final)[::2]
+        pooled = jnp.concatenate(hidden, -1)
+    head = variables["params"]["Dense_0"]
+    close(logits[2], (pooled @ head["kernel"] + head["bias"])[0])
+    close(logits[1], head["bias"])
+    padded = inputs.at[2, 4:].set(jnp.nan).at[1].set(jnp.nan)
+    close(model.apply(variables, padded, LENGTHS), logits, 0)
+
+
+def test_a_model_of_tokens_decodes_step_by_step():
+    model = SequenceModel(RecurrentStack(CELLS["gru"], 2), 7, 7, embedding_size=4)
+    tokens = jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, 7)
+    variables = random_params(model, tokens)
+    logits, final = model.apply(variables, tokens)
+    assert logits.shape == (BATCH, TIME, 7)
+    cache = model.apply(variables, BATCH, TIME, method="init_cache")
+    step = jax.jit(lambda c, t: model.apply(variables, c, t, method="decode_step"))
+    for t in range(TIME):
+        one, cache = step(cache, tokens[:, t])
+        close(one, logits[:, t])
+    close(cache, final)
+
+
+def test_generation_feeds_its_own_output_back():
+    model = SequenceModel(RecurrentStack(CELLS["lstm"]), 7)
+    variables = random_params(model, normal(BATCH, TIME, 7))
+    first = jnp.ones((BATCH, 7))
+
+    def step(cache, notes):
+        return model.apply(variables, cache, notes, method="decode_step")
+
+    def sample(key, logits):
+        return jax.random.bernoulli(key, jax.nn.sigmoid(logits / 0.5))
+
+    cache = model.apply(variables, BATCH, method="init_cache")
+    key = jax.random.key(0)
+    notes = jax.jit(lambda: generate(step, cache, first, TIME, sample, key))()
+    assert notes.shape == (BATCH, TIME, 7) and notes.dtype == first.dtype
+    # Each must be what is drawn from the whole call's prediction after those before.
+    read = jnp.concatenate([first[:, None], notes[:, :-1]], 1)
+    logits, _ = model.apply(variables, read)
+    for t, key in enumerate(jax.random.split(key, TIME)):
+        close(notes[:, t], sample(key, logits[:, t]), 0)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_encoder_decoder(attention):
+    model = RecurrentEncoderDecoder(
+        RecurrentStack(CELLS["gru"], 2, bidirectional=True),
+        RecurrentStack(CELLS["lstm"], 2),
+        num_classes=7,
+        source_vocabulary_size=9,
+        embedding_size=4,
+        attention=attention,
+        attention_size=6,
+    )
+    source = jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, 9)
+    target = jax.random.randint(jax.random.key(1), (BATCH, 5), 0, 7)
+    lengths = jnp.array([6, 2, 4])
+    variables = random_params(model, source, target)
+    apply = jax.jit(model.apply)
+    logits = apply(variables, source, target, lengths)
+    assert logits.shape == (BATCH, 5, 7)
+
+    memory = model.apply(variables, source, lengths, method="encode")
+    cache = model.apply(variables, memory, 5, method="init_cache")
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(cache)} == {BATCH}
+    step = jax.jit(lambda c, t: model.apply(variables, c, t, method="decode_step"))
+    for t in range(5):
+        one, cache = step(cache, target[:, t])
+        close(one, logits[:, t])
+
+    # What the source's padding holds does not matter; its real tokens do.
+    padded = jnp.where(jnp.arange(TIME) < lengths[:, None], source, 8 - source)
+    close(apply(variables, padded, target, lengths), logits, 0)
+    other = source.at[:, 0].set((source[:, 0] + 1) % 9)
+    changed = apply(variables, other, target, lengths)
+    assert (np.abs(changed - logits).max((1, 2)) > 1e-3).all()
+
+
+def test_attention_weights_are_those_of_the_contexts():
+    model = RecurrentEncoderDecoder(
+        RecurrentStack(CELLS["gru"]),
+        RecurrentStack(CELLS["gru"]),
+        num_classes=7,
+        embedding_size=4,
+        attention_size=6,
+    )
+    source = jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, 7)
+    target = jax.random.randint(jax.random.key(1), (BATCH, 5), 0, 7)
+    lengths = jnp.array([6, 1, 4])
+    variables = random_params(model, source, target)
+    arguments = variables, source, target, lengths
+    weights = np.asarray(model.apply(*arguments, method="attention_weights"))
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    for row, length in zip(weights, lengths, strict=True):
+        assert (row[:, :length] > 0).all() and not row[:, length:].any()
+    logits, found = model.apply(
+        *arguments, capture_intermediates=True, mutable="intermediates"
+    )
+    states = found["intermediates"]["decoder"]["__call__"][0][0]
+    keys = model.apply(variables, source, lengths, method="encode")["keys"]
+    params = variables["params"]
+    mixed = np.concatenate([states, weights @ keys], -1) @ params["combine"]["kernel"]
+    mixed = np.tanh(mixed + params["combine"]["bias"])
+    close(mixed @ params["head"]["kernel"] + params["head"]["bias"], logits)
+    with pytest.raises(ValueError, match="needs attention=True"):
+        model.clone(attention=False).apply(*arguments, method="attention_weights")
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((jnp.ones((2, 3)),), ValueError, r"inputs must have shape \[batch, time, f"),
+        ((jnp.ones((2, 3, 4), bool),), TypeError, "inputs must be floating"),
+        ((jnp.ones((2, 3, 4), int),), ValueError, "where they are integers"),
+        ((jnp.ones((2, 3), int),), ValueError, "needs its vocabulary_size"),
+        ((jnp.ones((2, 0, 4)),), ValueError, "one step of time or more"),
+        ((jnp.ones((2, 3, 4)), jnp.ones(2)), TypeError, "lengths must have an integer"),
+        (
+            (jnp.ones((2, 3, 4)), jnp.ones(3, int)),
+            ValueError,
+            r"lengths must have shape \(2,\)",
+        ),
+        (
+            (jnp.ones((2, 3, 4)), None, jnp.ones((2, 6))),
+            ValueError,
+            r"must have the shapes \(2, 5\)",
+        ),
+    ],
+)
+def test_wrong_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Recurrent(CELLS["gru"]).init(jax.random.key(0), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Recurrent(SimpleCell(2, activation="gelu")), "activation must be 'tanh' or"),
+        (
+            Recurrent(GRUCell(2, relevance_gate=False, reset_after=True)),
+            "relevance_gate is False",
+        ),
+        (Bidirectional(GRUCell(2), "product"), "merge must be one of"),
+        (RecurrentStack(GRUCell(2), 0), "num_layers must be 1 or more"),
+        (
+            SequenceClassifier(RecurrentStack(GRUCell(2)), 2, pooling="first"),
+            "pooling must be one of",
+        ),
+    ],
+)
+def test_wrong_fields(model, message):
+    with pytest.raises(ValueError, match=message):
+        model.init(jax.random.key(0), sequences())
+
+
+def test_wrong_calls():
+    inputs, key = sequences(), jax.random.key(0)
+    with pytest.raises(ValueError, match="one state a layer, 2, but holds 1"):
+        state = (jnp.zeros((BATCH, HIDDEN)),)
+        RecurrentStack(CELLS["gru"], 2).init(key, inputs, initial_state=state)
+    tokens = jnp.zeros((2, 3), int)
+    with pytest.raises(ValueError, match="needs its vocabulary_size"):
+        SequenceModel(RecurrentStack(CELLS["gru"]), 3).init(key, tokens)
+    both = SequenceModel(RecurrentStack(CELLS["gru"], bidirectional=True), 3)
+    with pytest.raises(ValueError, match="bidirectional=False"):
+        both.apply({}, BATCH, method="init_cache")
+    with pytest.raises(ValueError, match=r"\[batch, feature\]"):
+        CELLS["gru"].init(key, jnp.zeros((2, HIDDEN)), inputs)
