@@ -43,6 +43,8 @@ from experiments.loop import Training
 from experiments.optimizers import Optimizer
 
 REQUIRED = inspect.Parameter.empty
+# Fields of models that are the dataset's where a config leaves them None.
+FROM_DATASET = ("num_classes", "vocabulary_size", "source_vocabulary_size")
 PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
 
 
@@ -234,23 +236,23 @@ def _dataset_signature(section: Any) -> dict:
     return own | _signature(factory)
 
 
-def build_module(section: Mapping, *, num_classes: int, precision: str) -> nn.Module:
+def build_module(section: Mapping, *, spec: data.Spec, precision: str) -> nn.Module:
     """The module of `archs` that a section of `config.model` describes.
 
     Args:
-      section: `name` and fields; sections in it are built likewise.
-      num_classes: for fields called `num_classes` that the config leaves `None`.
+      section: `name` and fields; sections in it are built likewise. Fields called like
+        one of `FROM_DATASET` that it leaves `None` are the dataset's.
+      spec: the dataset's.
       precision: the config's; sets every field called `dtype`.
     """
     cls = getattr(archs, section["name"])
     fields = {key: value for key, value in section.items() if key != "name"}
     for key, value in fields.items():
         if isinstance(value, Mapping):
-            fields[key] = build_module(
-                value, num_classes=num_classes, precision=precision
-            )
-    if "num_classes" in fields and fields["num_classes"] is None:
-        fields["num_classes"] = num_classes
+            fields[key] = build_module(value, spec=spec, precision=precision)
+    for key in FROM_DATASET:
+        if key in fields and fields[key] is None:
+            fields[key] = getattr(spec, key)
     if any(field.name == "dtype" for field in dataclasses.fields(cls)):
         fields["dtype"] = PRECISIONS[precision]
     return cls(**fields)
@@ -333,7 +335,7 @@ def _dataclass_default(cls: type, name: str) -> Any:
         return field.default
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
-    return None if name == "num_classes" else REQUIRED
+    return None if name in FROM_DATASET else REQUIRED
 
 
 def _module_section(module: nn.Module) -> dict:
@@ -358,7 +360,7 @@ def _section(path: str, given: Any, signature: Mapping) -> dict:
         value = given.get(key, default)
         if value is REQUIRED:
             raise UserError(f"{path}.{key} is required and not set.")
-        if key == "num_classes" and value is None:
+        if key in FROM_DATASET and value is None:
             annotation = int | None
         completed[key] = _coerce(f"{path}.{key}", value, annotation)
     return completed

@@ -343,13 +343,16 @@ def learned_histograms(
 
 @matplotlib.rc_context(_STYLE)
 def measures_by_size(
-    sizes: Sequence[float], measures: Mapping[str, Sequence[float]]
+    sizes: Sequence[float],
+    measures: Mapping[str, Sequence[float]],
+    label: str = "elements in the set",
 ) -> Figure:
-    """How each measure depends on the number of elements in a set.
+    """How each measure depends on a number, that of the elements in a set.
 
     Args:
       sizes: number of elements of a set (or the mean of a group of sets), [groups].
       measures: name of a measure -> its mean in each group, [groups].
+      label: what the number is.
 
     Returns:
       A figure with one axes per measure.
@@ -359,7 +362,7 @@ def measures_by_size(
     for axes, (name, values) in zip(panels, measures.items(), strict=True):
         axes.plot(sizes, values, color=PALETTE[0], marker=MARKERS[0], markersize=4)
         axes.set_title(name.replace("_", " "))
-        axes.set_xlabel("elements in the set")
+        axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
     return figure
@@ -531,6 +534,177 @@ def image_sets(
             spine.set_linewidth(2)
             spine.set_edgecolor(PALETTE[2] if is_target else PALETTE[1])
             spine.set_linestyle("-" if is_target else "--")
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def piano_roll(
+    pieces: Mapping[str, np.ndarray], label: str = "quarter notes"
+) -> Figure:
+    """Pieces of music, one below the other: a bar for every note that is held.
+
+    Args:
+      pieces: title -> notes int [note, 3]: the MIDI number, the first frame and the
+        frame after the last.
+      label: what a frame is.
+
+    Returns:
+      A figure with one axes per piece, all of the same keys.
+    """
+    figure = Figure(figsize=(WIDTH, 1.9 * len(pieces) + 0.3))
+    panels = figure.subplots(len(pieces), 1, squeeze=False, sharey=True, sharex=True)
+    every = np.concatenate([notes[:, 0] for notes in pieces.values()])
+    low, high = (every.min(), every.max()) if len(every) else (60, 60)
+    octaves = np.arange(12 * (low // 12), high + 13, 12)
+    for axes, (title, notes) in zip(panels[:, 0], pieces.items(), strict=True):
+        pitch, start, stop = notes.T
+        axes.barh(
+            pitch,
+            # The gap tells one long note from two.
+            stop - start - 0.15,
+            left=start,
+            height=0.85,
+            align="center",
+            color=PALETTE[0],
+            linewidth=0,
+        )
+        axes.set_title(title)
+        axes.set_yticks(octaves, [f"C{octave // 12 - 1}" for octave in octaves])
+        axes.set_ylim(low - 2, high + 2)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 4, 8, 10]))
+    panels[-1, 0].set_xlabel(label)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def gates(activations: Mapping[str, np.ndarray], tokens: Sequence[str]) -> Figure:
+    """How far the gates of a recurrent layer are open while it reads a sentence.
+
+    A panel a gate, a row a unit, a column a token; units are ordered by how far the
+    gate is open on average, so that a column shows their distribution.
+
+    Args:
+      activations: name of a gate -> float [token, unit], in [0, 1].
+      tokens: what is read.
+
+    Returns:
+      A figure with one axes per gate and that of the colour bar.
+    """
+    figure = Figure(figsize=(WIDTH, 1.6 * len(activations) + 1.1))
+    panels = figure.subplots(len(activations), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (name, values) in zip(panels, activations.items(), strict=True):
+        order = np.argsort(-values.mean(0), kind="stable")
+        image = axes.imshow(
+            values[:, order].T,
+            aspect="auto",
+            interpolation="nearest",
+            cmap="cividis",
+            vmin=0,
+            vmax=1,
+        )
+        axes.grid(False)
+        axes.set_title(f"{name}, mean {values.mean():.2f}")
+        axes.set_yticks([])
+        axes.set_ylabel(f"{values.shape[1]} units", fontsize=_SMALL)
+        axes.tick_params(length=0)
+    size = min(_SMALL, 200 / len(tokens))
+    panels[-1].set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=size)
+    bar = figure.colorbar(
+        image, ax=list(panels), location="top", fraction=0.03, aspect=40
+    )
+    bar.outline.set_visible(False)
+    bar.set_label("gate: 0 closed, 1 open", fontsize=_SMALL)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def attention_maps(
+    maps: Sequence[tuple[np.ndarray, Sequence[str], Sequence[str]]],
+) -> Figure:
+    """What each token of a target takes from the tokens of a source.
+
+    Darker is more; the darkest is the largest weight of the pair.
+
+    Args:
+      maps: for each pair the weights, float [target, source] in [0, 1], the tokens of
+        the target (rows) and those of the source (columns).
+
+    Returns:
+      A figure with one axes per pair.
+    """
+    # A row is as high as its text.
+    heights = [
+        0.15 * len(target) + 0.11 * max(map(len, source), default=1) + 0.2
+        for _, target, source in maps
+    ]
+    figure = Figure(figsize=(WIDTH, sum(heights)))
+    panels = figure.subplots(
+        len(maps), 1, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )[:, 0]
+    for axes, (weights, target, source) in zip(panels, maps, strict=True):
+        axes.imshow(
+            weights, aspect="auto", interpolation="nearest", cmap="Blues", vmin=0
+        )
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        size = min(_SMALL, 220 / max(len(source), 1))
+        axes.set_xticks(range(len(source)), source, rotation=90, fontsize=size)
+        axes.set_yticks(range(len(target)), target)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+    return figure
+
+
+@matplotlib.rc_context(_STYLE)
+def gradient_flow(
+    curves: Mapping[str, Mapping[str, np.ndarray]],
+    reference: Mapping[str, np.ndarray],
+    reference_name: str,
+) -> Figure:
+    """Norms of the Jacobians between the states of two steps, by their distance.
+
+    Args:
+      curves: title of a panel -> name of a cell -> log10 norms [seed, lag], from lag 0
+        on. The line is the median, the band the range of all seeds.
+      reference: title of a panel -> log10 norms [lag] that are known exactly; dashed.
+      reference_name: what that is.
+
+    Returns:
+      A figure with one axes per panel.
+    """
+    figure = Figure(figsize=(WIDTH, 2.2 * len(curves) + 0.6))
+    panels = figure.subplots(len(curves), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (title, cells) in zip(panels, curves.items(), strict=True):
+        exact = reference[title]
+        axes.plot(exact, color=INK, linewidth=1, dashes=(4, 3), label=reference_name)
+        for (name, norms), color, marker in zip(
+            cells.items(), PALETTE, MARKERS, strict=False
+        ):
+            axes.fill_between(
+                np.arange(norms.shape[1]),
+                norms.min(0),
+                norms.max(0),
+                color=color,
+                alpha=0.2,
+                linewidth=0,
+            )
+            axes.plot(
+                np.median(norms, 0),
+                color=color,
+                marker=marker,
+                markersize=4,
+                markevery=max(norms.shape[1] // 10, 1),
+                label=name,
+            )
+        axes.set_title(title)
+        axes.set_xlim(0, len(exact) - 1)
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"1e{value:.0f}"))
+    panels[-1].set_xlabel("steps between the two states, T - t")
+    figure.supylabel("norm of the Jacobian", fontsize=9, color=INK)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2)
     return figure
 
 

@@ -313,9 +313,7 @@ class Quantifier(BaseEstimator):
             section = config.complete(sections)["model"]
         except UserError as error:
             raise ValueError(str(error).replace("config.model", "model")) from error
-        return config.build_module(
-            section, num_classes=len(self.classes_), precision="float32"
-        )
+        return config.build_module(section, spec=self._spec({}), precision="float32")
 
     def _train(
         self, make_task: type, dataset: data.Dataset | data.Bags, **fields

@@ -64,7 +64,8 @@ def write(workdir: str | os.PathLike, sections: Sequence[Section] = ()) -> Path:
     title = _title(config, workdir)
     body = [
         f"<header><h1>{escape(title)}</h1>{_about(config, versions, rows)}</header>",
-        _key_figures(rows),
+        # What is no run has sections alone.
+        _key_figures(rows) if rows or not sections else "",
         _curves(rows),
         *(_section(section) for section in sections),
         _details("Config", _flatten(config)),

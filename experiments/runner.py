@@ -200,7 +200,7 @@ def build(config: ConfigDict) -> tuple[data.Dataset, loop.Task, loop.Training]:
     dataset = configs.build_dataset(sections["dataset"])
     model = configs.build_module(
         sections["model"],
-        num_classes=dataset.spec.num_classes,
+        spec=dataset.spec,
         precision=config.precision,
     )
     fields = dict(sections["task"])
@@ -357,7 +357,7 @@ def _check_contracts(config, task: loop.Task, initial) -> None:
         check(state, batch)
     except AssertionError as error:
         raise UserError(
-            f"The model breaks a contract of set networks on the first batch: {error}\n"
+            f"The model breaks a contract on the first batch: {error}\n"
             "config.check_contracts=False trains it all the same."
         ) from error
 
@@ -365,6 +365,8 @@ def _check_contracts(config, task: loop.Task, initial) -> None:
 def _evaluate(workdir: Path, config, task: loop.Task) -> None:
     step, state = loop.best_state(workdir, task, config.seed)
     measured = loop.compile_evaluation(task)(state, "test")
+    if hasattr(task, "measure_test"):
+        measured |= task.measure_test(state, workdir)
     sections = []
     if hasattr(task, "report"):
         sections = task.report(state, workdir, config.seed)

@@ -116,10 +116,11 @@ def _with_labels(config: ConfigDict, dataset: str) -> ConfigDict:
     encoder = dict(name="MLP", hidden_sizes=(512, 512), features=64, dropout_rate=0.3)
     num_members, num_steps = 5, 600
     if dataset in VECTORS:
+        config.dataset.validation_fraction = 0.03
         encoder.update(hidden_sizes=(64,), dropout_rate=0.5)
-        config.optimizer.weight_decay = 3.0
-        config.task.noise = 0.3
-        num_members, num_steps = 10, 400
+        config.optimizer.weight_decay = 1.0
+        config.task.update(noise=0.3, natural_examples=True)
+        num_members = 20
     config.training = dict(num_steps=num_steps, steps_per_call=50, eval_every=num_steps)
     config.model = dict(name="EMQNet", encoder=encoder, num_members=num_members)
     return config

@@ -18,17 +18,24 @@ from experiments.tasks.quantification import Quantification
 class LabelledQuantification(Quantification):
     """Learns from the labels of single examples and from the prevalences of bags.
 
-    Each step encodes `num_bags` single examples of classes drawn by `protocol`. The
-    classifiers of the model learn their labels by cross-entropy; each leaves out its
-    own fold of the train split. What a classifier says of an example it left out is
-    remembered, and `mixed_bags` bags of `evaluation_bag_size` examples are drawn from
-    all that is remembered: from them calibration and aggregation learn by `loss`. That
-    gradient does not reach the classifiers. A single classifier leaves out nothing.
+    Each step encodes `num_bags` single examples, of equally likely classes or as they
+    come (`natural_examples`). The classifiers of the model learn their labels by
+    cross-entropy; each leaves out its own fold of the train split. What a classifier
+    says of an example it left out is remembered, and `mixed_bags` bags of
+    `evaluation_bag_size` examples are drawn from all that is remembered: from them
+    calibration and aggregation learn by `loss`. That gradient does not reach the
+    classifiers. A single classifier leaves out nothing.
 
     Attributes:
       model: an `archs.EMQNet`.
       bag_weight: of `loss` beside the cross-entropy; 0: the posteriors are taken as
         the classifiers give them.
+      natural_examples: the examples to encode are drawn from the train split as it is,
+        with its class prevalences π, and the classifiers learn
+        `softmax(logits + log π)`: their logits are those of equal prevalences, as
+        EMQNet expects (Menon et al., "Long-tail learning via logit adjustment", ICLR
+        2021). Otherwise classes are drawn by `protocol` first, which shows the
+        examples of rare classes more often.
       max_shift: images are shifted by up to so many pixels in height and width.
       flip: images are mirrored with probability one half.
       noise: standard deviation of Gaussian noise that is added to the inputs, in the
@@ -39,6 +46,7 @@ class LabelledQuantification(Quantification):
     num_bags: int = 128
     mixed_bags: int = 32
     bag_weight: float = 1.0
+    natural_examples: bool = False
     max_shift: int = 0
     flip: bool = False
     noise: float = 0.0
@@ -91,9 +99,8 @@ class LabelledQuantification(Quantification):
             jax.random.fold_in(key, step), 4
         )
         train = arrays["train"]
-        indices, _ = self._draw_bags(
-            example_key, train, self.protocol, self.num_bags, 1
-        )
+        examples = "natural" if self.natural_examples else self.protocol
+        indices, _ = self._draw_bags(example_key, train, examples, self.num_bags, 1)
         bags, prevalence = self._draw_bags(
             bag_key, train, self.protocol, self.mixed_bags, self.size_at_evaluation
         )
@@ -129,6 +136,9 @@ class LabelledQuantification(Quantification):
                 method=_estimate_and_logits,
             )
             model_state = model_state | {"cache": {"logits": remembered}}
+            if self.natural_examples:
+                # A class without examples has no prior to take out.
+                logits += jnp.log(jnp.maximum(self.natural_prevalence, 1e-9))
             labels = jnp.broadcast_to(batch["labels"], logits.shape[:-1])
             entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             taught = _taught(batch["fold"], len(logits))

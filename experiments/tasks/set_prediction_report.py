@@ -81,18 +81,25 @@ def size_groups(sizes: np.ndarray) -> list[np.ndarray]:
 
 
 def measures_by_size(
-    sizes: np.ndarray, measures: Mapping[str, np.ndarray]
+    sizes: np.ndarray,
+    measures: Mapping[str, np.ndarray],
+    columns: tuple[str, str] = ("elements", "sets"),
 ) -> list[dict]:
     """A row per group of sizes: the range, how many sets, the mean of each measure.
 
     NaN values, which measure nothing, are left out.
+
+    Args:
+      sizes: a number of each set.
+      measures: {name: values [set, ...]}.
+      columns: what the number, and what is counted.
     """
     rows = []
     for group in size_groups(sizes):
         low, high = sizes[group].min(), sizes[group].max()
         row = {
-            "elements": str(low) if low == high else f"{low} to {high}",
-            "sets": len(group),
+            columns[0]: str(low) if low == high else f"{low} to {high}",
+            columns[1]: len(group),
         }
         for name, values in measures.items():
             real = values[group][~np.isnan(values[group])]

@@ -15,6 +15,7 @@ import archs
 import data
 from archs import quantification as measures_of
 from data import synthetic_lequa
+from data.sequences import spec
 from experiments import lequa_evaluation, loop
 from experiments.config import build_module, load
 from experiments.optimizers import Optimizer
@@ -447,7 +448,7 @@ PUBLISHED = {"histnetq": 29.77, "deepsets": 10.68, "set_transformer": 14.19}
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_networks_have_the_published_number_of_parameters(model):
     section = load(f"{CONFIGS}:{model}_t1a", {}).model.to_dict()
-    module = build_module(section, num_classes=2, precision="float32")
+    module = build_module(section, spec=spec("x", 2), precision="float32")
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2, 300)))
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
     tolerance = 1.5 if model == "set_transformer" else 0.05

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import archs
+from data.sequences import spec
 from experiments import config as configs
 from experiments import runner
 from experiments.errors import UserError
@@ -476,12 +477,12 @@ def test_the_program_stops_with_the_message_and_exit_code_1(tiny, tmp_path):
 
 def test_modules_are_built_with_classes_and_precision(tiny):
     section = configs.load(tiny).to_dict()["model"]
-    model = configs.build_module(section, num_classes=7, precision="bfloat16")
+    model = configs.build_module(section, spec=spec("x", 7), precision="bfloat16")
     assert isinstance(model, archs.HistNetQ)
     assert model.head.num_classes == 7
     assert model.encoder.dtype == model.head.dtype == jnp.bfloat16
     assert model.encoder.hidden_sizes == (8,)
-    model = configs.build_module(section, num_classes=7, precision="float32")
+    model = configs.build_module(section, spec=spec("x", 7), precision="float32")
     assert model.encoder.dtype is None
 
 

@@ -289,6 +289,82 @@ def test_the_image_sought_is_framed(channels):
     assert [axes.get_xlabel() for axes in figure.axes][:3] == ["10 %", "70 %", "20 %"]
 
 
+def test_a_bar_stands_for_a_note():
+    notes = np.array([[60, 0, 3], [67, 1, 2], [72, 2, 8]])
+    figure = figures.piano_roll({"a": notes, "b": notes[:1], "c": notes[:0]}, "eighths")
+    rendered(figure)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["a", "b", "c"]
+    for axes, count in zip(figure.axes, (3, 1, 0), strict=True):
+        bars = axes.patches
+        assert len(bars) == count
+        for bar, (note, start, stop) in zip(bars, notes, strict=False):
+            assert bar.get_y() < note < bar.get_y() + bar.get_height()
+            assert bar.get_height() < 1
+            # It ends before the next frame, which may strike the key again.
+            assert bar.get_x() == start
+            assert stop - 0.5 < bar.get_x() + bar.get_width() < stop
+        ticks = dict(zip(axes.get_yticks(), axes.get_yticklabels(), strict=True))
+        assert ticks[60].get_text() == "C4" and ticks[72].get_text() == "C5"
+        assert axes.get_ylim()[0] < 60 and axes.get_ylim()[1] > 72
+    rendered(figures.piano_roll({"silence": notes[:0]}))
+
+
+def test_gates_are_a_row_a_unit_the_most_open_first():
+    rng = np.random.default_rng(0)
+    activations = {name: rng.uniform(size=(4, 6)) for name in ("update", "output")}
+    tokens = ["la", "casa", "<pad>", "$x$"]
+    figure = figures.gates(activations, tokens)
+    assert "casa" in rendered(figure)
+    *panels, _ = figure.axes
+    for axes, (name, values) in zip(panels, activations.items(), strict=True):
+        drawn = axes.images[0].get_array()
+        assert sorted(map(tuple, drawn)) == sorted(map(tuple, values.T))
+        assert (np.diff(drawn.mean(1)) <= 0).all()
+        assert axes.images[0].get_clim() == (0, 1)
+        expected = f"{name}, mean {values.mean():.2f}"
+        assert axes.get_title(loc="left") == expected
+    assert [t.get_text() for t in panels[-1].get_xticklabels()] == tokens
+
+
+def test_attention_has_the_target_in_rows():
+    rng = np.random.default_rng(0)
+    maps = [
+        (rng.dirichlet(np.ones(source), target), ["t"] * target, ["s"] * source)
+        for target, source in ((3, 2), (1, 40))
+    ]
+    figure = figures.attention_maps(maps)
+    rendered(figure)
+    for axes, (weights, target, source) in zip(figure.axes, maps, strict=True):
+        image = axes.images[0]
+        np.testing.assert_array_equal(image.get_array(), weights)
+        # Darker is more.
+        lightness = image.cmap(image.norm(np.sort(weights.ravel())))[:, :3].sum(1)
+        assert (np.diff(lightness) <= 0).all() and lightness[0] > lightness[-1]
+        assert [t.get_text() for t in axes.get_yticklabels()] == target
+        assert [t.get_text() for t in axes.get_xticklabels()] == source
+
+
+def test_gradient_flow_has_medians_bands_and_the_exact_line():
+    norms = np.random.default_rng(0).normal(size=(5, 11)).cumsum(1)
+    curves = {
+        "gain 1": {"a": norms, "b": norms - 3},
+        "gain 2": {"a": norms, "b": norms},
+    }
+    exact = {"gain 1": np.zeros(11), "gain 2": np.arange(11.0)}
+    figure = figures.gradient_flow(curves, exact, "linear")
+    rendered(figure)
+    for axes, title in zip(figure.axes, curves, strict=True):
+        assert axes.get_title(loc="left") == title
+        lines = lines_of(axes)
+        np.testing.assert_array_equal(lines["linear"][:, 1], exact[title])
+        for (name, values), band in zip(
+            curves[title].items(), axes.collections, strict=True
+        ):
+            np.testing.assert_allclose(lines[name][:, 1], np.median(values, 0))
+            corners = band.get_paths()[0].vertices[:, 1]
+            assert (corners.min(), corners.max()) == (values.min(), values.max())
+
+
 def test_names_are_drawn_as_they_stand():
     true = prevalences(20, 3)
     names = ["$\\frac$", "a $ b $", "<script>"]

@@ -439,7 +439,7 @@ def test_a_model_that_reads_the_order_is_stopped(refused_run, monkeypatch):
         "--config.model.rho.hidden_sizes=()",
     ]
     message = refused_run(*flags)
-    assert "The model breaks a contract of set networks on the first batch" in message
+    assert "The model breaks a contract on the first batch" in message
     assert "permutation" in message
     assert "config.check_contracts=False trains it all the same" in message
 

@@ -13,6 +13,7 @@ from scipy import stats
 
 import archs
 import data
+from data.sequences import spec
 from experiments import config as configs
 from experiments import loop
 from experiments.optimizers import Optimizer
@@ -361,7 +362,7 @@ def test_unique_characters_asks_for_its_images(refused):
 def num_parameters(variant, *shape):
     """Of the model of a shipped config, for elements of a shape."""
     section = configs.load(f"{SHIPPED}/{variant}").model.to_dict()
-    model = configs.build_module(section, num_classes=1, precision="float32")
+    model = configs.build_module(section, spec=spec("x", 1), precision="float32")
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2, *shape)))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 

@@ -1,0 +1,34 @@
+"""Sections of recurrent networks that the configs of sequences share."""
+
+from collections.abc import Iterable
+from typing import Any
+
+CELLS = {
+    "rnn": {"name": "SimpleCell"},
+    "gru": {"name": "GRUCell"},
+    "plain_gru": {"name": "GRUCell", "relevance_gate": False},
+    "lstm": {"name": "LSTMCell"},
+    "peephole": {"name": "PeepholeLSTMCell"},
+}
+
+
+def stack(cell: str, hidden_size: int, *, cell_fields: Any = (), **fields) -> dict:
+    """The section of a `RecurrentStack`.
+
+    Args:
+      cell: a key of `CELLS`.
+      hidden_size: of the cell.
+      cell_fields: other fields of the cell.
+      fields: those of the stack.
+    """
+    section = CELLS[cell] | {"hidden_size": hidden_size} | dict(cell_fields)
+    return {"name": "RecurrentStack", "cell": section} | fields
+
+
+def check_variant(variant: str, variants: Iterable[str]) -> None:
+    """Raises ValueError if a config has no such variant."""
+    variants = list(variants)
+    if variant not in variants:
+        raise ValueError(
+            f"there is no variant {variant!r}: it must be one of {', '.join(variants)}"
+        )

@@ -1,0 +1,31 @@
+"""Number agreement in Spanish: `number_agreement.py:CELL`.
+
+"la bicicleta que compraron los vecinos ..." goes on with "es" or "son", as its first
+noun says, whatever comes between: gated cells remember it, the simple RNN forgets. CELL
+is rnn, gru, plain_gru, lstm or peephole. The report has the accuracy against the number
+of attractors; test sentences have up to eight of them, training sentences four.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.cells import CELLS, check_variant, stack
+
+
+def get_config(variant: str = "lstm") -> ConfigDict:
+    """The config of a cell."""
+    check_variant(variant, CELLS)
+    config = ConfigDict()
+    config.dataset = dict(name="NumberAgreement")
+    config.model = dict(
+        name="SequenceClassifier", stack=stack(variant, 32), embedding_size=16
+    )
+    config.task = dict(
+        name="SequencePrediction", objective="cross_entropy", num_sequences=64
+    )
+    config.optimizer = dict(
+        name="adam", learning_rate=3e-3, schedule="cosine", clip_norm=1.0
+    )
+    config.training = dict(
+        num_steps=2000, steps_per_call=50, log_every=100, eval_every=200
+    )
+    return config

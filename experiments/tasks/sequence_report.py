@@ -1,0 +1,125 @@
+"""What the reports of sequence models show besides the training curves."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from archs.decoding import sample
+from experiments import figures
+from experiments.report import Section
+from experiments.tasks import music_report
+from experiments.tasks.gates_report import gate_sections
+from experiments.tasks.set_prediction_report import measures_by_size, size_groups
+
+SHOWN_SEQUENCES = 8
+SHOWN_STEPS = 60
+
+
+def sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Section]:
+    """Sections of a `SequencePrediction` run; writes `test_sequences.npz`.
+
+    Args:
+      task: the run's.
+      state: the trained state.
+      workdir: the run's.
+      seed: of what is generated.
+    """
+    told, measures, first = task.evaluation_sequences(state, "test")
+    np.savez_compressed(workdir / "test_sequences.npz", **told, **measures)
+    found = [
+        _by_number(name, numbers, measures)
+        for name, numbers in told.items()
+        if name != "targets" and len(np.unique(numbers)) > 1
+    ]
+    if hasattr(task.dataset, "decode"):
+        found.append(_examples(task.dataset, first))
+        found += gate_sections(task, state, first)
+    if task.objective == "frame_likelihood":
+        found += music_report.sections(task, state, workdir, seed)
+    return found
+
+
+def _by_number(name: str, numbers: np.ndarray, measures: Mapping) -> Section:
+    """The measures against what the batch says of a sequence in one number."""
+    words = {"lengths": "steps"}.get(name, name.replace("_", " "))
+    table = measures_by_size(numbers, measures, (words, "sequences"))
+    centers = [numbers[group].mean() for group in size_groups(numbers)]
+    columns = {key: [row[key.replace("_", " ")] for row in table] for key in measures}
+    return Section(
+        title=f"Test sequences by {words}",
+        text=f"{len(numbers)} sequences; means over those of a group.",
+        figure=figures.measures_by_size(centers, columns, words),
+        table=table,
+    )
+
+
+def _examples(dataset: Any, first: Mapping) -> Section:
+    """The first test sequences in words, and the answers."""
+    rows = []
+    answer = first["prediction"].argmax(-1)  # [sequence] or [sequence, step]
+    for i in range(min(SHOWN_SEQUENCES, len(answer))):
+        row = {"sequence": dataset.decode(first["inputs"][i][:SHOWN_STEPS])}
+        if answer.ndim == 1:
+            said, true = [answer[i]], [first["targets"][i]]
+        else:
+            mask = first["target_mask"][i][:SHOWN_STEPS]
+            said, true = (
+                list(a[i][:SHOWN_STEPS][mask]) for a in (answer, first["targets"])
+            )
+        row["answer"], row["truth"] = (
+            _words_of(dataset, labels, answer.ndim == 1) for labels in (said, true)
+        )
+        rows.append(row)
+    return Section(title="The first test sequences", table=rows)
+
+
+def _words_of(dataset: Any, labels: list[int], of_sequence: bool) -> str:
+    names = dataset.spec.class_names
+    if names:
+        return ", ".join(names[k] for k in labels)
+    return ", ".join(map(str, labels)) if of_sequence else dataset.decode(labels)
+
+
+def language_sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Section]:
+    """Texts that a `LanguageModeling` run writes; writes `samples.txt`.
+
+    Args:
+      task: the run's.
+      state: the trained state.
+      workdir: the run's.
+      seed: of the samples.
+    """
+    variables, model = task.variables(state), task.model
+    length = task.sample_length
+    # A text begins as the test split does.
+    first = jnp.asarray(task.arrays["test"]["stream"][:1])
+
+    @jax.jit
+    def write(variables, key, temperature):
+        def step(cache, tokens):
+            return model.apply(variables, cache, tokens, method="decode_step")
+
+        cache = model.apply(variables, 1, length, method="init_cache")
+        # No token of a stream ends it.
+        tokens, _, _ = sample(
+            step, cache, first, length, -1, key, temperature=temperature
+        )
+        return tokens[0]
+
+    rows = []
+    for number, temperature in enumerate(task.temperatures):
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        tokens = np.asarray(write(variables, key, temperature))
+        text = task.dataset.decode([*np.asarray(first), *tokens])
+        rows.append((temperature, text))
+    (workdir / "samples.txt").write_text(
+        "\n\n".join(f"temperature {t}:\n{text}" for t, text in rows) + "\n"
+    )
+    return [
+        Section(title=f"A text at temperature {temperature:g}", text=text)
+        for temperature, text in rows
+    ]

@@ -1,0 +1,154 @@
+"""`LanguageModeling`: windows, states carried from one to the next, evaluation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import archs
+from data.sequences import spec
+from experiments import loop
+from experiments.optimizers import Optimizer
+from experiments.tasks import LanguageModeling
+
+TRAINING = loop.Training(num_steps=20, steps_per_call=10, log_every=10, eval_every=10)
+SIZE = 7
+
+
+class Text:
+    """A stream of ids for each split."""
+
+    spec = spec("text", SIZE, vocabulary_size=SIZE)
+
+    def __init__(self, length=61):
+        streams = np.random.default_rng(0).integers(0, SIZE, (3, length))
+        splits = ("train", "validation", "test")
+        self.arrays = {
+            split: {"stream": jnp.asarray(stream, jnp.int32)}
+            for split, stream in zip(splits, streams, strict=True)
+        }
+
+
+def recurrent(cell=None):
+    stack = archs.RecurrentStack(cell or archs.LSTMCell(6))
+    return archs.SequenceModel(stack, SIZE, vocabulary_size=SIZE, embedding_size=5)
+
+
+def transformer():
+    return archs.TransformerLanguageModel(
+        SIZE, SIZE, num_layers=1, num_heads=2, hidden_size=8
+    )
+
+
+def modeling(model=None, **fields):
+    fields = {"num_windows": 2, "window": 5, "evaluation_batch": 3} | fields
+    return LanguageModeling(
+        model or recurrent(), Text(), Optimizer(name="sgd"), TRAINING, **fields
+    )
+
+
+def first_state(task, seed=0):
+    return jax.jit(lambda arrays: loop.initial_state(task, seed, arrays))(task.arrays)
+
+
+def test_windows_go_on_with_the_state_of_the_last():
+    """Without learning, the windows of a row are read as one text."""
+    task = modeling(window=5)
+    optimizer = Optimizer(name="sgd", learning_rate=1e-30)
+    task = LanguageModeling(
+        task.model, task.dataset, optimizer, TRAINING, num_windows=2, window=5
+    )
+    state = first_state(task)
+    stream = task.arrays["train"]["stream"][:60].reshape(2, 30)
+    logits, _ = task.model.apply(task.variables(state), stream)
+    losses = []
+    step = jax.jit(task.train_step)
+    for number in range(6):
+        batch = task.sample(jax.random.key(0), number, task.arrays)
+        assert bool(batch["reset"]) == (number == 0)
+        np.testing.assert_array_equal(
+            batch["inputs"], stream[:, 5 * number : 5 * number + 5]
+        )
+        state, measured = step(state, batch, jax.random.key(1))
+        total, count = measured["cross_entropy"]
+        window = slice(5 * number, 5 * number + 5)
+        expected = optax.softmax_cross_entropy_with_integer_labels(
+            logits[:, window], batch["targets"]
+        )
+        np.testing.assert_allclose(total / count, expected.mean(), rtol=1e-5)
+        losses.append(float(total))
+    # All begin again: with no state.
+    batch = task.sample(jax.random.key(0), 6, task.arrays)
+    assert bool(batch["reset"])
+    _, measured = step(state, batch, jax.random.key(1))
+    assert float(measured["cross_entropy"][0]) == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("model", [recurrent(), transformer()])
+def test_every_token_is_counted_once_with_its_context(model):
+    carries = isinstance(model, archs.SequenceModel)
+    task = modeling(model, carry_state=carries, context=8)
+    state = first_state(task)
+    stream = np.asarray(task.arrays["test"]["stream"])
+    prepared = task.prepare_evaluation(state, "test", task.arrays)
+    evaluate = jax.jit(
+        lambda index: task.eval_step(
+            prepared, task.eval_batch("test", index, task.arrays)
+        )
+    )
+    total = count = 0
+    for index in range(task.num_eval_batches("test")):
+        value, number = evaluate(index)["cross_entropy"]
+        total, count = total + float(value), count + int(number)
+    assert count == len(stream) - 1
+    # The definition: each window of 5 from what is up to 8 tokens before it.
+    expected = 0.0
+    for start in range(0, 60, 5):
+        begin = max(start - 8, 0)
+        # As long as all the others, so that it compiles once.
+        inputs = np.pad(stream[begin : start + 5], (0, 13))[None, :13]
+        output = model.apply(prepared, inputs)
+        logits = output[0] if carries else output
+        told = logits[0, start - begin : start - begin + 5]
+        expected += float(
+            optax.softmax_cross_entropy_with_integer_labels(
+                told, stream[start + 1 : start + 6]
+            ).sum()
+        )
+    assert total == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="TransformerLanguageModel has no state"):
+        first_state(modeling(transformer()))
+    with pytest.raises(ValueError, match="temperatures must be > 0"):
+        modeling(temperatures=(0.0,))
+    with pytest.raises(ValueError, match="window must be 1 or more, not 0"):
+        modeling(window=0)
+    with pytest.raises(ValueError, match=r"\(2, 5, 7\).*not \(2, 5, 3\)"):
+        stack = archs.RecurrentStack(archs.LSTMCell(6))
+        first_state(modeling(archs.SequenceModel(stack, 3, vocabulary_size=SIZE)))
+
+
+def test_a_text_of_one_letter_is_soon_learned():
+    class Same(Text):
+        def __init__(self):
+            super().__init__()
+            self.arrays = {
+                split: {"stream": jnp.tile(jnp.array([1, 2, 3]), 30)}
+                for split in self.arrays
+            }
+
+    task = LanguageModeling(
+        recurrent(),
+        Same(),
+        Optimizer(name="adam", learning_rate=0.03),
+        TRAINING,
+        num_windows=2,
+        window=10,
+    )
+    run = loop.compile_steps(task, 0, jax.eval_shape(lambda: first_state(task)), 100)
+    state, rows = run(first_state(task), task.arrays, 0)
+    total, count = rows["cross_entropy"]
+    assert total[-1] / count[-1] < 0.05 < total[0] / count[0]
