@@ -31,8 +31,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from .contracts import check_mask
+from .contracts import check_mask, zero_absent
 from .dropout import Dropout
+from .precision import wide_dtype
 
 # How many logits a block holds: those of a CPU stay in a core's cache.
 _CPU_BLOCK, _ACCELERATOR_BLOCK = 2**19, 2**25
@@ -186,11 +187,6 @@ def _attend_blocks_backward(residuals, g):
 _attend_blocks.defvjp(_attend_blocks_forward, _attend_blocks_backward)
 
 
-def wide_dtype(x: jax.Array) -> Any:
-    """float32, or the dtype of x where that is wider."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def padding_mask(lengths: jax.Array, size: int) -> jax.Array:
     """Which of `size` steps are real: lengths [batch] -> bool [batch, size]."""
     return jnp.arange(size) < lengths[:, None]
@@ -253,11 +249,6 @@ def real_steps(
     )
     real = padding_mask(lengths, shape[1])
     return real if mask is None else real & mask
-
-
-def zero_padding(x: jax.Array, real: jax.Array | None) -> jax.Array:
-    """x [batch, time, feature] with zeros where `real` [batch, time] is False."""
-    return x if real is None else jnp.where(real[..., None], x, 0)
 
 
 def dot_product_attention(
@@ -390,7 +381,7 @@ class AdditiveAttention(nn.Module):
         mask: jax.Array | None = None,
     ) -> jax.Array:
         """U x_k + b of keys [batch, source, e]: [batch, source, hidden_size]."""
-        return self.key(zero_padding(keys, real_steps(lengths, mask, keys.shape[:2])))
+        return self.key(zero_absent(keys, real_steps(lengths, mask, keys.shape[:2])))
 
     def __call__(
         self,
@@ -426,7 +417,7 @@ class AdditiveAttention(nn.Module):
         real = real_steps(lengths, mask, keys.shape[:2])
         if projected_keys is None:
             projected_keys = self.project_keys(keys, lengths, mask)
-        keys = zero_padding(keys, real).astype(projected_keys.dtype)
+        keys = zero_absent(keys, real).astype(projected_keys.dtype)
         queries = self.query(query if query.ndim == 3 else query[:, None])
         mixed = nn.tanh(queries[:, :, None] + projected_keys[:, None])
         logits = self.score(mixed)[..., 0]  # [batch, time, source]
@@ -561,16 +552,16 @@ class MultiHeadAttention(nn.Module):
             lengths, mask, (*heads, *queries.shape[1:]), (*heads, *keys.shape[1:])
         )
         if own and same:
-            x = zero_padding(queries, real)
+            x = zero_absent(queries, real)
             q, k, v = self._project(x, self.query, self.key, self.value)
         else:
             (q,) = self._project(queries, self.query)
-            keys = zero_padding(keys, real)
+            keys = zero_absent(keys, real)
             if same:
                 k, v = self._project(keys, self.key, self.value)
             else:
                 (k,) = self._project(keys, self.key)
-                (v,) = self._project(zero_padding(values, real), self.value)
+                (v,) = self._project(zero_absent(values, real), self.value)
         if self.rotary:
             q, k = (rotate(x, jnp.arange(x.shape[2])) for x in (q, k))
         q = q / math.sqrt(q.shape[-1])

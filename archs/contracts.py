@@ -143,6 +143,13 @@ def present(mask: jax.Array | None, weights: jax.Array | None) -> jax.Array | No
     return weights > 0 if mask is None else mask & (weights > 0)
 
 
+def zero_absent(x: jax.Array, real: jax.Array | None) -> jax.Array:
+    """x [..., element, *features] with zeros where `real` [..., element] is False."""
+    if real is None:
+        return x
+    return jnp.where(real.reshape(*real.shape, *(1,) * (x.ndim - real.ndim)), x, 0)
+
+
 def assert_permutation_invariant(
     f: SetFunction,
     inputs: jax.Array,
@@ -553,7 +560,8 @@ def _expand(x: np.ndarray, ndim: int) -> np.ndarray:
     return x.reshape(x.shape + (1,) * (ndim - x.ndim))
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def _wide(x: Any) -> Any:
+    # A NumPy array stays one, where float64 is kept.
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from .contracts import check_mask, check_weights, present
 from .encoders import Classifier, encode_elements
+from .precision import widen
 
 
 class EMQNet(nn.Module):
@@ -73,7 +74,7 @@ class EMQNet(nn.Module):
     def calibrate(self, logits: jax.Array) -> jax.Array:
         """Logits [..., K] -> calibrated log-posteriors [..., K]."""
         scale = jnp.exp(self.log_scale)
-        logits = _wide(logits)
+        logits = widen(logits)
         return nn.log_softmax(scale * (logits + logits @ self.mixing) + self.bias)
 
     def encode(
@@ -147,7 +148,3 @@ class EMQNet(nn.Module):
         """
         features = self.encode(inputs, mask, train=train)
         return self.decode(self.aggregate(features, mask, weights), train=train)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from .contracts import check_weights, present
+from .contracts import check_weights, present, zero_absent
 from .dropout import Dropout
 from .encoders import encode_elements
 from .pooling import aggregate
@@ -72,7 +71,7 @@ class EquivariantNetwork(nn.Module):
             x = activation(self.layer.copy(name=f"layer_{i}")(x, mask, weights))
         if self.aggregation is not None:
             return aggregate(x, mask, self.aggregation, weights)
-        return _zero_absent(x, present(mask, weights))
+        return zero_absent(x, present(mask, weights))
 
     @nn.compact
     def decode(self, representation: jax.Array, *, train: bool = False) -> jax.Array:
@@ -114,10 +113,4 @@ class EquivariantNetwork(nn.Module):
         features = self.encode(inputs, real, train=train)
         representation = self.aggregate(features, mask, weights)
         y = self.decode(representation, train=train)
-        return y if self.aggregation is not None else _zero_absent(y, real)
-
-
-def _zero_absent(x: jax.Array, real: jax.Array | None) -> jax.Array:
-    if real is None:
-        return x
-    return jnp.where(real.reshape(*real.shape, *(1,) * (x.ndim - 2)), x, 0)
+        return y if self.aggregation is not None else zero_absent(y, real)

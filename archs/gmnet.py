@@ -31,6 +31,7 @@ import numpy as np
 from .contracts import check_weights, present
 from .encoders import MLP, encode_elements
 from .pooling import mean_pool, merge_aggregates
+from .precision import widen
 
 # The smallest scale of a Gaussian: bounds the density by 400^d.
 _MIN_SCALE = 1e-3
@@ -69,7 +70,7 @@ def centered_kernel_alignment(
 
 def _alignments(spaces: Sequence[jax.Array], mask: jax.Array | None) -> jax.Array:
     """Linear CKA of every pair of representations [element, d_i], [space, space]."""
-    x = _wide(jnp.concatenate(spaces, axis=-1))
+    x = widen(jnp.concatenate(spaces, axis=-1))
     x = x - mean_pool(x, mask)
     if mask is not None:
         x = jnp.where(mask[:, None], x, 0)
@@ -114,7 +115,7 @@ class GaussianDensities(nn.Module):
         factors = self.param(
             "factors", nn.initializers.zeros, (count, size * (size - 1) // 2)
         )
-        return _densities(_wide(x), centers, scales, factors)
+        return _densities(widen(x), centers, scales, factors)
 
 
 def _initial_scales(centers: jax.Array) -> jax.Array:
@@ -170,7 +171,7 @@ class LatentGaussians(nn.Module):
         mlp = MLP(
             self.hidden_sizes, self.latent_size, self.dropout_rate, dtype=self.dtype
         )
-        points = _wide(mlp(x, train=train))
+        points = widen(mlp(x, train=train))
         return points, GaussianDensities(self.num_gaussians)(nn.sigmoid(points))
 
 
@@ -328,7 +329,3 @@ class GMNet(nn.Module):
         check_weights(weights, inputs.shape[:2])
         features = self.encode(inputs, present(mask, weights), train=train)
         return self.decode(self.aggregate(features, mask, weights), train=train)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -17,11 +17,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from .contracts import check_weights, present
 from .encoders import MLP, encode_elements
 from .pooling import merge_aggregates
+from .precision import widen
 
 
 class PrevalenceHead(nn.Module):
@@ -47,7 +47,7 @@ class PrevalenceHead(nn.Module):
         mlp = MLP(
             self.hidden_sizes, self.num_classes, self.dropout_rate, dtype=self.dtype
         )
-        return nn.softmax(_wide(mlp(x, train=train)))
+        return nn.softmax(widen(mlp(x, train=train)))
 
 
 class HistNetQ(nn.Module):
@@ -69,7 +69,7 @@ class HistNetQ(nn.Module):
     ) -> jax.Array:
         """Inputs [bag, element, *features] -> values in [0, 1], [bag, element, f]."""
         features = encode_elements(self.encoder, inputs, mask, train=train)
-        return nn.sigmoid(_wide(features))
+        return nn.sigmoid(widen(features))
 
     def aggregate(
         self,
@@ -124,7 +124,3 @@ class HistNetQ(nn.Module):
         check_weights(weights, inputs.shape[:2])
         features = self.encode(inputs, present(mask, weights), train=train)
         return self.decode(self.aggregate(features, mask, weights), train=train)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .contracts import check_mask, check_weights, present
+from .precision import widen
 
 # One-hot votes held at a time, where they are summed instead of scattered.
 _MAX_DENSE_SIZE = 2**24
@@ -45,10 +46,6 @@ def _check(
     check_weights(weights, x.shape[:-1])
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-
-
 def _multiplicities(
     x: jax.Array, mask: jax.Array | None, weights: jax.Array | None
 ) -> jax.Array | None:
@@ -63,7 +60,7 @@ def _multiplicities(
 
 def _zeroed(x: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Values in at least float32, without what absent elements hold."""
-    x = _wide(x)
+    x = widen(x)
     return x if weights is None else jnp.where(weights[..., None] > 0, x, 0)
 
 
@@ -525,7 +522,7 @@ def adaptive_histogram(
             f"shape {centers.shape}."
         )
     _check(x, mask, weights, centers.shape[-1])
-    return _adaptive(x, _multiplicities(x, mask, weights), _wide(centers))
+    return _adaptive(x, _multiplicities(x, mask, weights), widen(centers))
 
 
 def _vote_by_bin(
@@ -662,7 +659,7 @@ class AdaptiveHistogram(nn.Module):
         logits = self.param(
             "width_logits", nn.initializers.zeros, (x.shape[-1], self.num_bins)
         )
-        widths = 0.99 * nn.softmax(_wide(logits)) + 0.01 / self.num_bins
+        widths = 0.99 * nn.softmax(widen(logits)) + 0.01 / self.num_bins
         centers = jnp.cumsum(widths, axis=-1) - widths / 2
         return adaptive_histogram(x, centers, mask, weights)
 

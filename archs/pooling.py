@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from .contracts import check_mask, check_weights, present
+from .precision import wide_dtype, widen
 
 Aggregation = str | float | Sequence[str | float] | Callable[..., jax.Array]
 
@@ -53,7 +54,7 @@ def log_count_pool(
     x: jax.Array, mask: jax.Array | None = None, weights: jax.Array | None = None
 ) -> jax.Array:
     """`log(1 + m)`, [..., 1]: the size that a mean does not tell."""
-    count = _count(x, mask, weights).astype(_wide_dtype(x))
+    count = _count(x, mask, weights).astype(wide_dtype(x))
     return jnp.broadcast_to(jnp.log1p(count), (*x.shape[:-2], 1)).astype(x.dtype)
 
 
@@ -142,7 +143,7 @@ def quantile_pool(
     if bandwidth < 0:
         raise ValueError(f"bandwidth must be 0 or more, but it is {bandwidth}.")
     count = jax.lax.stop_gradient(_count(x, mask, weights))
-    position = quantile * jnp.maximum(count.astype(_wide_dtype(x)) - 1, 0)
+    position = quantile * jnp.maximum(count.astype(wide_dtype(x)) - 1, 0)
     rank = jnp.floor(position)
     share = position - rank
     statistic = partial(_order_statistic, x, mask, weights, bandwidth=bandwidth)
@@ -168,7 +169,7 @@ def std_pool(
     real = present(mask, weights)
     if real is not None:
         x = jnp.where(_real(x, real), x, 0)
-    deviation = _wide(x) - jnp.expand_dims(_mean(x, mask, weights), -2)
+    deviation = widen(x) - jnp.expand_dims(_mean(x, mask, weights), -2)
     std = jnp.sqrt(_mean(deviation**2, mask, weights) + epsilon)
     return _unless_empty(std, x, mask, weights).astype(x.dtype)
 
@@ -178,7 +179,7 @@ def logsumexp_pool(
 ) -> jax.Array:
     """`log sum_i w_i exp(x_i)`, a smooth maximum."""
     real = present(mask, weights)
-    wide = jnp.where(_real(x, real), _wide(x), -jnp.inf)
+    wide = jnp.where(_real(x, real), widen(x), -jnp.inf)
     top = jax.lax.stop_gradient(jnp.max(wide, axis=-2, keepdims=True, initial=-jnp.inf))
     top = jnp.where(jnp.isfinite(top), top, 0)
     terms = jnp.exp(wide - top)
@@ -242,7 +243,7 @@ class PowerMean(nn.Module):
     ) -> jax.Array:
         """Maps x [..., element, f] to [..., f]."""
         real = present(mask, weights)
-        wide = _wide(x if real is None else jnp.where(_real(x, real), x, 0))
+        wide = widen(x if real is None else jnp.where(_real(x, real), x, 0))
         log_y = jnp.log(nn.softplus(wide) + self.epsilon)
         out = _power_mean(log_y, self._exponents(x.shape[-1]), mask, weights)
         return out.astype(x.dtype)
@@ -250,7 +251,7 @@ class PowerMean(nn.Module):
     def merge(self, representations: jax.Array, totals: jax.Array) -> jax.Array:
         """Of parts [chunk, ..., f] and their sizes [chunk, ...] makes [..., f]."""
         parts, totals = _chunks_last(representations, totals)
-        log_y = jnp.log(jnp.where(totals[..., None] > 0, _wide(parts), 1))
+        log_y = jnp.log(jnp.where(totals[..., None] > 0, widen(parts), 1))
         out = _power_mean(log_y, self._exponents(parts.shape[-1]), None, totals)
         return out.astype(representations.dtype)
 
@@ -410,7 +411,7 @@ def _clean_weights(
 ) -> jax.Array:
     """The weights as [..., element, 1], zero at padding."""
     real = present(mask, weights)
-    return jnp.where(real, weights, 0).astype(_wide_dtype(x))[..., None]
+    return jnp.where(real, weights, 0).astype(wide_dtype(x))[..., None]
 
 
 def _count(
@@ -434,19 +435,11 @@ def _any(x: jax.Array, real: jax.Array | None) -> jax.Array:
     return _count(x, real) > 0
 
 
-def _wide_dtype(x: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(_wide_dtype(x))
-
-
 def _sum(
     x: jax.Array, mask: jax.Array | None, weights: jax.Array | None = None
 ) -> jax.Array:
     real = present(mask, weights)
-    wide = _wide(x if real is None else jnp.where(_real(x, real), x, 0))
+    wide = widen(x if real is None else jnp.where(_real(x, real), x, 0))
     if weights is not None:
         wide = wide * _clean_weights(x, mask, weights)
     return jnp.sum(wide, -2)
@@ -557,10 +550,10 @@ def _select_jvp(bandwidth, primals, tangents):
     x, real, weights, rank = primals
     value = _select(x, real, weights, rank, bandwidth)
     at = value[..., None, :]
-    counted = real.astype(_wide_dtype(x)) if weights is None else weights
-    kernel = (x == at).astype(_wide_dtype(x))
+    counted = real.astype(wide_dtype(x)) if weights is None else weights
+    kernel = (x == at).astype(wide_dtype(x))
     if bandwidth:
-        distance = jnp.where(real, jnp.abs(_wide(x) - _wide(at)), 0)
+        distance = jnp.where(real, jnp.abs(widen(x) - widen(at)), 0)
         total = jnp.sum(counted, axis=-2, keepdims=True)
         deviation = jnp.sum(counted * distance, axis=-2, keepdims=True) / total
         scale = bandwidth * jnp.where(deviation > 0, deviation, 1)
@@ -568,7 +561,7 @@ def _select_jvp(bandwidth, primals, tangents):
     votes = jnp.where(real, counted * kernel, 0)
     total = jnp.sum(votes, axis=-2, keepdims=True)
     share = votes / jnp.where(total > 0, total, 1)
-    return value, jnp.sum(share * _wide(tangents[0]), axis=-2).astype(x.dtype)
+    return value, jnp.sum(share * widen(tangents[0]), axis=-2).astype(x.dtype)
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:

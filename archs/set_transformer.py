@@ -36,10 +36,11 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from .attention import attend, wide_dtype
-from .contracts import check_set, check_weights, present
+from .attention import attend
+from .contracts import check_set, check_weights, present, zero_absent
 from .dropout import Dropout
 from .encoders import dense, encode_elements, uniform_fan_in
+from .precision import wide_dtype
 
 _BLOCKS = ("paper", "official", "clean_path")
 _NORMALIZATIONS = (None, "layer", "set")
@@ -129,7 +130,7 @@ class SetNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         x, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
         real = present(mask, weights)
-        x = _zero_absent(x, real)
+        x = zero_absent(x, real)
         wide = x.astype(wide_dtype(x))
         counts = jnp.ones(x.shape[:2], wide.dtype) if weights is None else weights
         counts = counts if real is None else jnp.where(real, counts, 0)
@@ -138,7 +139,7 @@ class SetNorm(nn.Module):
         mean = jnp.sum(share * wide, (1, 2), keepdims=True)
         variance = jnp.sum(share * (wide - mean) ** 2, (1, 2), keepdims=True)
         y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon)
-        return _zero_absent(y.astype(x.dtype) * scale + bias, real)
+        return zero_absent(y.astype(x.dtype) * scale + bias, real)
 
 
 class MAB(nn.Module):
@@ -212,8 +213,8 @@ class MAB(nn.Module):
         if not shared:
             _check_elements(queries, query_mask, query_weights)
         real, asked = present(mask, weights), present(query_mask, query_weights)
-        keys = _zero_absent(keys, real)
-        queries = queries if shared else _zero_absent(queries, asked)
+        keys = zero_absent(keys, real)
+        queries = queries if shared else zero_absent(queries, asked)
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return _normalize(self, name, x, query_mask, query_weights)
@@ -251,7 +252,7 @@ class MAB(nn.Module):
         else:
             h = norm("attention_norm", h)
             h = norm("norm", h + nn.relu(rff(h)))
-        return _zero_absent(h, asked)
+        return zero_absent(h, asked)
 
     def _check(self, queries: jax.Array, keys: jax.Array) -> None:
         if self.num_heads < 1 or self.hidden_size % self.num_heads:
@@ -376,7 +377,7 @@ class PMA(nn.Module):
         _check_elements(x, mask, weights)
         seeds = _points(self, "seeds", self.num_seeds, self.hidden_size)
         if self.block == "paper":
-            x = _zero_absent(x, present(mask, weights))
+            x = zero_absent(x, present(mask, weights))
             x = dense(
                 self.hidden_size, x.shape[-1], dtype=self.dtype, name="feedforward"
             )(x)
@@ -435,7 +436,7 @@ class SetTransformer(nn.Module):
         if self.encoder is not None:
             return encode_elements(self.encoder, inputs, mask, train=train)
         _check_elements(inputs, mask, None)
-        return _zero_absent(inputs, mask)
+        return zero_absent(inputs, mask)
 
     @nn.compact
     def aggregate(
@@ -452,7 +453,7 @@ class SetTransformer(nn.Module):
         """
         _check_elements(features, mask, weights)
         fields = {name: getattr(self, name) for name in _MAB_FIELDS}
-        x = _zero_absent(features, present(mask, weights))
+        x = zero_absent(features, present(mask, weights))
         size = self.hidden_size
         if self.block != "official" and x.shape[-1] != size:
             x = dense(size, x.shape[-1], dtype=self.dtype, name="project")(x)
@@ -556,10 +557,6 @@ def _log_weights(real: jax.Array | None, weights: jax.Array | None) -> jax.Array
     # Chosen before the logarithm: its gradient is finite then.
     weights = jnp.where(real, weights, 1).astype(wide_dtype(weights))
     return jnp.where(real, jnp.log(weights), -jnp.inf)
-
-
-def _zero_absent(x: jax.Array, real: jax.Array | None) -> jax.Array:
-    return x if real is None else jnp.where(real[..., None], x, 0)
 
 
 def _check_elements(

@@ -29,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import attention
-from .attention import MultiHeadAttention, real_steps, zero_padding
+from .attention import MultiHeadAttention, real_steps
+from .contracts import zero_absent
 from .dropout import Dropout
 from .pooling import max_pool, mean_pool
 
@@ -282,7 +283,7 @@ class TransformerEncoder(nn.Module):
         x = self.inputs(inputs, jnp.arange(inputs.shape[1]), real, train=train)
         for layer in self.layers:
             x = layer(x, mask=real, train=train)
-        return zero_padding(self.norm(x) if self.norm_first else x, real)
+        return zero_absent(self.norm(x) if self.norm_first else x, real)
 
 
 class TransformerDecoder(nn.Module):
@@ -360,7 +361,7 @@ class TransformerDecoder(nn.Module):
         for layer in self.layers:
             # Padding comes last: no real step attends to it.
             x = layer(x, memory, memory_mask=memory_mask, train=train)
-        return zero_padding(self._logits(x), real)
+        return zero_absent(self._logits(x), real)
 
     def memory_weights(
         self,
@@ -417,7 +418,7 @@ class TransformerDecoder(nn.Module):
             x, new = layer.decode(x, old, start, cache["memory_mask"])
             layers.append(new)
         position = start + (time if lengths is None else lengths.astype(start.dtype))
-        logits = zero_padding(self._logits(x), real)
+        logits = zero_absent(self._logits(x), real)
         return logits, {**cache, "position": position, "layers": layers}
 
     def decode_step(
@@ -773,7 +774,7 @@ class _Inputs(nn.Module):
             inputs = inputs if real is None else jnp.where(real, inputs, 0)
             x = self.embedding(inputs) * math.sqrt(self.hidden_size)
         else:
-            x = zero_padding(inputs, real).astype(self.dtype or inputs.dtype)
+            x = zero_absent(inputs, real).astype(self.dtype or inputs.dtype)
             if x.shape[-1] != self.hidden_size:
                 x = self.project(x)
         if self.positions == "sinusoidal":

@@ -14,6 +14,7 @@ from archs import (
     TransformerEncoder,
     TransformerLanguageModel,
     TransformerLayer,
+    attention,
     contracts,
     transformer,
 )
