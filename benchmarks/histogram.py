@@ -4,32 +4,19 @@
 
 The PyTorch side is the published formulation: grouped 1x1 convolutions that hold bag x
 features x bins. Forward and backward are measured together and both results are kept.
-Every measurement has a process of its own. "Added" is the growth of the peak resident
-memory over what inputs, parameters and libraries already take; "XLA" is what the
-compiled program asks for (temporaries and outputs). Linux only. Run it on an idle
-machine.
-
-Both sides get huge pages from malloc (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, unless
-the environment says otherwise). Without them, page faults in gigabytes of fresh
-temporaries can cost the PyTorch side several times its arithmetic, and the ratios say
-more about the virtual machine than about the formulation.
+Every measurement has a process of its own, see `benchmarks.processes`. Linux only. Run
+it on an idle machine.
 """
 
 import argparse
 import functools
-import json
 import os
-import pathlib
 import platform
-import re
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import numpy as np
+
+from benchmarks.processes import answer, compile_jax, measure, run_apart
 
 # [bag, element, feature] and the number of bins.
 SHAPES = [((20, 250, 300), 32), ((4, 1000, 512), 64)]
@@ -61,40 +48,6 @@ STEPS = {
 }
 NUM_BINS = 32
 DROPOUT_RATE, LEARNING_RATE, WEIGHT_DECAY = 0.5, 1e-4, 1e-5
-
-
-def memory(field: str) -> float:
-    """VmRSS or VmHWM, the resident memory and its peak, in MB."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+)", status)[1]) * 1024 / 1e6
-
-
-def measure(run: Callable[[], Any], runs: int) -> dict[str, float]:
-    """Added memory of the first run, then the best and the median time in ms."""
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = memory("VmRSS")
-    run()
-    added = memory("VmHWM") - before
-    times = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - start))
-    return {"best": min(times), "median": statistics.median(times), "added": added}
-
-
-def compile_jax(function: Callable, *args: Any, **kwargs: Any) -> tuple[Any, float]:
-    """The compiled function, and the memory it allocates in MB."""
-    import jax
-
-    compiled = jax.jit(function, **kwargs).lower(*args).compile()
-    memory = compiled.memory_analysis()
-    allocated = (
-        memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
-    return compiled, allocated / 1e6
 
 
 def histogram_jax(kind, shape, num_bins, runs):
@@ -274,17 +227,7 @@ MEASUREMENTS = {
 }
 
 
-@functools.cache
-def in_process(name: str, *args: Any) -> dict[str, float]:
-    """Runs one of the measurements in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.histogram", "--measure"]
-    out = subprocess.run(
-        [*command, json.dumps([name, *args])],
-        check=True,
-        stdout=subprocess.PIPE,
-        env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ},
-    )
-    return json.loads(out.stdout)
+in_process = functools.cache(partial(run_apart, __spec__.name))
 
 
 def row(work: str, kinds: tuple[str, str], ours: dict, theirs: dict) -> str:
@@ -309,8 +252,7 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        name, *rest = json.loads(args.measure)
-        print(json.dumps(MEASUREMENTS[name](*rest)))
+        answer(args.measure, MEASUREMENTS)
         return
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} "

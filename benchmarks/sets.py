@@ -7,23 +7,19 @@ the published network for clustering (Lee et al. 2019): two ISABs of 32 inducing
 (or two SABs), PMA with four seeds, two SABs, a dense layer; width 128, four heads. The
 PyTorch side is the published formulation, which holds keys, values and logits.
 
-Every measurement has a process of its own; "added" and "XLA" memory and the huge pages
-are those of `benchmarks.histogram`. Linux only. Run it on an idle machine; with
-`taskset -c 0` before it both sides have one core.
+Every measurement has a process of its own, see `benchmarks.processes`. Linux only. Run
+it on an idle machine; with `taskset -c 0` before it both sides have one core.
 """
 
 import argparse
-import json
 import math
 import os
 import platform
-import subprocess
-import sys
-from typing import Any
+from functools import partial
 
 import numpy as np
 
-from benchmarks.histogram import compile_jax, measure
+from benchmarks.processes import answer, compile_jax, measure, run_apart
 
 # Kind of the blocks before the pooling, and the number of elements.
 WORK = [("ISAB", 300), ("ISAB", 1000), ("ISAB", 5000), ("SAB", 300), ("SAB", 1000)]
@@ -163,16 +159,7 @@ def step_torch(kind, n, runs):
 MEASUREMENTS = {f.__name__: f for f in (step_jax, step_torch)}
 
 
-def in_process(name: str, *args: Any) -> dict[str, float]:
-    """Runs one of the measurements in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.sets", "--measure"]
-    out = subprocess.run(
-        [*command, json.dumps([name, *args])],
-        check=True,
-        stdout=subprocess.PIPE,
-        env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ},
-    )
-    return json.loads(out.stdout)
+in_process = partial(run_apart, __spec__.name)
 
 
 def row(kind: str, n: int, ours: dict, theirs: dict) -> str:
@@ -196,8 +183,7 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        name, *rest = json.loads(args.measure)
-        print(json.dumps(MEASUREMENTS[name](*rest)))
+        answer(args.measure, MEASUREMENTS)
         return
     print(
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, load "
