@@ -389,6 +389,31 @@ def _run_backward(equations, reverse, residuals, d):
 _run.defvjp(_run_forward, _run_backward)
 
 
+def _run_cudnn(w, inputs, state, reverse):
+    """`_run` of an LSTM by cuDNN, whose gates are u, f, the candidate and o."""
+    from jax.experimental import rnn
+
+    size = state[0].shape[-1]
+
+    def theirs(x: jax.Array) -> jax.Array:  # [..., 4 hidden] -> [4 hidden, ...]
+        update, forget, output, candidate = _split(x, 4)
+        # Without the halves of the logistic function.
+        gates = _join(2 * update, 2 * forget, candidate, 2 * output)
+        return jnp.moveaxis(gates, -1, 0).ravel()
+
+    bias = theirs(w["bias"])
+    kernels = theirs(w["kernel"]), theirs(w["recurrent"])
+    weights = jnp.concatenate([*kernels, bias, jnp.zeros_like(bias)])
+    x = inputs.swapaxes(0, 1)  # [batch, time, feature]
+    x = jnp.flip(x, 1) if reverse else x
+    lengths = jnp.full(len(x), x.shape[1], jnp.int32)
+    outputs, h, c = rnn.lstm(
+        x, *(s[None] for s in state), weights, lengths, x.shape[-1], size, 1, 0.0, False
+    )
+    outputs = jnp.flip(outputs, 1) if reverse else outputs
+    return outputs.swapaxes(0, 1), (h[0], c[0])
+
+
 def _project(kernel: jax.Array, bias: jax.Array, inputs: jax.Array) -> jax.Array:
     """U x + b; tokens gather rows of U."""
     if jnp.issubdtype(inputs.dtype, jnp.integer):
@@ -634,6 +659,21 @@ class LSTMCell(_Cell):
         """h(0) = 0 and c(0) = 0, each [batch, hidden]."""
         zeros = super().initial_state(batch_size, dtype)
         return zeros, zeros
+
+    def run(
+        self, inputs: jax.Array, state: Any, real: jax.Array | None, reverse: bool
+    ) -> tuple[jax.Array, Any]:
+        """See `_Cell.run`. On a GPU cuDNN's kernel runs float32 without lengths."""
+        if (
+            jax.default_backend() != "gpu"
+            or self.equations() is not _LSTM
+            or real is not None
+            or inputs.dtype != jnp.float32
+            or self.dtype not in (None, jnp.float32)
+            or self.is_mutable_collection("intermediates")
+        ):
+            return super().run(inputs, state, real, reverse)
+        return _run_cudnn(self.weights(inputs), inputs, state, reverse)
 
     def init_bias(self, key: jax.Array, shape: Any, dtype: Any = jnp.float32):
         forget = jnp.full((self.hidden_size,), self.forget_bias)

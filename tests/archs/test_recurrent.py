@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.experimental import rnn
 from jax.test_util import check_grads
 
 from archs import (
@@ -742,8 +743,8 @@ def test_generation_feeds_its_own_output_back():
     # Each must be what is drawn from the whole call's prediction after those before.
     read = jnp.concatenate([first[:, None], notes[:, :-1]], 1)
     logits, _ = model.apply(variables, read)
-    for t, key in enumerate(jax.random.split(key, TIME)):
-        close(notes[:, t], sample(key, logits[:, t]), 0)
+    for t, own in enumerate(jax.random.split(key, TIME)):
+        close(notes[:, t], sample(own, logits[:, t]), 0)
 
 
 @pytest.mark.parametrize("attention", [False, True])
@@ -874,3 +875,45 @@ def test_wrong_calls():
         both.apply({}, BATCH, method="init_cache")
     with pytest.raises(ValueError, match=r"\[batch, feature\]"):
         CELLS["gru"].init(key, jnp.zeros((2, HIDDEN)), inputs)
+
+
+# On GPUs.
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_cudnn_gets_the_same_weights(reverse, monkeypatch):
+    """cuDNN runs on GPUs alone; JAX's reference of its layout stands in for it."""
+    model = Recurrent(LSTMCell(HIDDEN), reverse=reverse)
+    x = sequences()
+    params = random_params(model, x)
+    state = normal(BATCH, HIDDEN, seed=3), normal(BATCH, HIDDEN, seed=4)
+
+    def loss(params, x):
+        outputs, (h, c) = model.apply(params, x, initial_state=state)
+        return jnp.sum(jnp.sin(outputs)) + jnp.sum(h * c), (outputs, h, c)
+
+    expected = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    calls = []
+
+    def reference(x, h, c, weights, lengths, *sizes):
+        calls.append(x.shape)
+        input_size, hidden_size, num_layers, _, bidirectional = sizes
+        parts = rnn.unpack_lstm_weights(
+            weights, input_size, hidden_size, num_layers, bidirectional
+        )
+        return rnn.lstm_ref(x, h, c, *parts, lengths, *sizes)
+
+    monkeypatch.setattr(rnn, "lstm", reference)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    assert calls == [(BATCH, TIME, FEATURES)]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        found,
+        expected,
+    )
+    # Lengths, peepholes and tokens keep our own loop.
+    model.apply(params, x, LENGTHS)
+    peephole = Recurrent(PeepholeLSTMCell(HIDDEN))
+    peephole.apply(random_params(peephole, x), x)
+    assert len(calls) == 1
