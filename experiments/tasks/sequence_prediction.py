@@ -96,6 +96,12 @@ class SequencePrediction:
             raise ValueError(
                 f"objective must be one of {', '.join(known)}, not {self.objective!r}"
             )
+        both = getattr(getattr(self.model, "stack", None), "bidirectional", False)
+        if both and self.objective in ("frame_likelihood", "legal_symbol"):
+            raise ValueError(
+                f"{self.objective} is about what comes next, which a bidirectional "
+                "stack reads; set config.model.stack.bidirectional=False"
+            )
 
     @property
     def arrays(self) -> Mapping[str, Any]:

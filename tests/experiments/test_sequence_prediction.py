@@ -150,6 +150,10 @@ def test_shapes_that_would_broadcast_are_refused(objective, shape, batch):
         ({"objective": "error"}, "objective must be one of cross_entropy.*'error'"),
         ({"objective": "_check_shape"}, "objective must be one of"),
         ({"num_sequences": 0}, "num_sequences must be 1 or more, not 0"),
+        (
+            {"model": classifier(bidirectional=True), "objective": "legal_symbol"},
+            "legal_symbol is about what comes next",
+        ),
     ],
 )
 def test_impossible_values_are_named(fields, sentence):

@@ -92,6 +92,7 @@ def test_chorales(cell, main, originals, tmp_path):
         *SHORT,
         f"--config.dataset.source_dir={originals}",
         "--config.dataset.min_bucket_size=4",
+        "--config.dataset.num_buckets=2",
         "--config.model.stack.cell.hidden_size=8",
         "--config.task.num_sequences=4",
     )
@@ -109,6 +110,7 @@ def test_sentiment(model, main, originals, tmp_path):
         *SHORT,
         f"--config.dataset.source_dir={originals}",
         "--config.dataset.min_bucket_size=8",
+        "--config.dataset.num_buckets=2",
         f"--config.model.{width}=8",
         "--config.task.num_sequences=8",
     )
@@ -129,6 +131,7 @@ def test_next_word(model, main, tmp_path):
         *SHORT,
         f"--config.dataset.path={text}",
         "--config.dataset.min_bucket_size=8",
+        "--config.dataset.num_buckets=2",
         f"--config.model.{width}=8",
         "--config.task.num_sequences=8",
     )
@@ -176,6 +179,7 @@ def test_multi30k(model, main, originals, tmp_path):
         f"--config.dataset.data_dir={tmp_path}/cache",
         "--config.dataset.vocabulary_limit=60",
         "--config.dataset.min_bucket_size=8",
+        "--config.dataset.num_buckets=2",
         *(f"--config.model.{field}=8" for field in fields),
         "--config.task.num_pairs=8",
         "--config.task.evaluation_batch=8",
