@@ -32,21 +32,21 @@ def get_config(variant: str = "gru_jsb") -> ConfigDict:
         stack=stack(
             cell,
             HIDDEN_SIZES[collection][cell],
-            dropout_rate=0.5,
+            dropout_rate=0.6,
             variational=True,
         ),
     )
     config.task = dict(
-        name="SequencePrediction", objective="frame_likelihood", num_sequences=16
+        name="SequencePrediction", objective="frame_likelihood", num_sequences=8
     )
     config.optimizer = dict(
         name="adamw",
-        learning_rate=2e-3,
+        learning_rate=1e-2,
         schedule="cosine",
         warmup_steps=50,
         clip_norm=1.0,
     )
     config.training = dict(
-        num_steps=1500, steps_per_call=10, log_every=50, eval_every=50
+        num_steps=1000, steps_per_call=10, log_every=50, eval_every=50
     )
     return config

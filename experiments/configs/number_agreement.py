@@ -1,9 +1,10 @@
 """Number agreement in Spanish: `number_agreement.py:CELL`.
 
 "la bicicleta que compraron los vecinos ..." goes on with "es" or "son", as its first
-noun says, whatever comes between: gated cells remember it, the simple RNN forgets. CELL
-is rnn, gru, plain_gru, lstm or peephole. The report has the accuracy against the number
-of attractors; test sentences have up to eight of them, training sentences four.
+noun says, whatever comes between. CELL is rnn, gru, plain_gru, lstm or peephole. The
+report has the accuracy against the number of attractors, 0 to 4. Where all sentences have
+many, `config.dataset.min_attractors` and `config.dataset.max_attractors`, gradients have
+far to go: see docs/results.md for which cell still learns.
 """
 
 from ml_collections import ConfigDict

@@ -108,6 +108,24 @@ def test_it_learns(small, tmp_path):
     assert measured["absolute_error"] < 0.06 < before["absolute_error"]
 
 
+def test_natural_examples_come_as_they_are_and_their_prior_is_taken_out(vectors):
+    natural = task(vectors, num_members=1, natural_examples=True, num_bags=400)
+    batch = jax.jit(natural.sample)(jax.random.key(0), 0, natural.arrays)
+    prior = natural.natural_prevalence
+    share = np.bincount(batch["labels"], minlength=3) / 400
+    assert abs(share - prior).max() < 4 * np.sqrt(0.25 / 400)
+    state = natural.init(jax.random.key(0), batch)
+    _, measured = jax.jit(natural.train_step)(state, batch, jax.random.key(1))
+    logits = natural.model.apply(
+        state.variables, batch["inputs"], method="classify", train=False
+    )[0, :, 0]
+    posterior = prior * np.exp(logits)
+    posterior /= posterior.sum(1, keepdims=True)
+    expected = -np.log(posterior[np.arange(400), batch["labels"]]).mean()
+    total, count = measured["cross_entropy"]
+    assert total / count == pytest.approx(expected, rel=1e-4)
+
+
 def test_views_shift_and_mirror():
     images = jax.random.uniform(jax.random.key(0), (64, 6, 5, 1))
     views = labelled_quantification._views(jax.random.key(1), images, 1, True)
