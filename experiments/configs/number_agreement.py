@@ -2,9 +2,9 @@
 
 "la bicicleta que compraron los vecinos ..." goes on with "es" or "son", as its first
 noun says, whatever comes between. CELL is rnn, gru, plain_gru, lstm or peephole. The
-report has the accuracy against the number of attractors, 0 to 4. Where all sentences have
-many, `config.dataset.min_attractors` and `config.dataset.max_attractors`, gradients have
-far to go: see docs/results.md for which cell still learns.
+report has the accuracy against the number of attractors, 0 to 4. With many in every
+sentence (`config.dataset.min_attractors`, `config.dataset.max_attractors`) gradients
+have far to go: docs/results.md says which cell still learns.
 """
 
 from ml_collections import ConfigDict

@@ -62,8 +62,9 @@ def frame_likelihood(prediction: jax.Array, batch: Mapping) -> dict:
         NLL^(t) = - sum_k [ y_k log p_k + (1 - y_k) log(1 - p_k) ],  p = sigma(logits)
 
     Logits and targets are of shape [sequence, step, note]. "frame_nll" is the mean over
-    all frames, as in Bai, Kolter and Koltun (2018); "sequence_nll" the mean over
-    sequences of the mean over their frames.
+    all frames; "later_frame_nll" leaves out the first of each sequence, which follows
+    nothing, as the code of Bai, Kolter and Koltun (2018) does; "sequence_nll" is the
+    mean over sequences of the mean over their frames.
     """
     targets, mask = batch["targets"], batch["target_mask"]
     _check_shape(prediction, targets.shape, targets)
@@ -71,6 +72,7 @@ def frame_likelihood(prediction: jax.Array, batch: Mapping) -> dict:
     count = jnp.maximum(mask.sum(1), 1)
     return {
         "frame_nll": (values, mask),
+        "later_frame_nll": (values, mask & (jnp.arange(mask.shape[1]) > 0)),
         "sequence_nll": jnp.where(mask, values, 0).sum(1) / count,
     }
 

@@ -112,6 +112,9 @@ def test_frames_are_independent_notes():
     )
     expected = -stats.bernoulli.logpmf(frames, 1 / (1 + np.exp(-logits))).sum(-1)
     np.testing.assert_allclose(found["frame_nll"][0], expected, rtol=1e-4)
+    later = np.asarray(found["later_frame_nll"][1])
+    np.testing.assert_array_equal(later.sum(1), [5, 3])
+    assert not later[:, 0].any()
     means = [expected[0].mean(), expected[1, :4].mean()]
     np.testing.assert_allclose(found["sequence_nll"], means, rtol=1e-4)
 
