@@ -16,6 +16,8 @@ HIDDEN_SIZES = {
     "jsb": {"rnn": 425, "gru": 250, "lstm": 210},
     "nottingham": {"rnn": 850, "gru": 500, "lstm": 430},
 }
+# Gated cells at a tenth of this rate stay at 9.1 for thousands of steps.
+LEARNING_RATES = {"rnn": 2e-3, "gru": 2e-2, "lstm": 2e-2}
 
 
 def get_config(variant: str = "gru_jsb") -> ConfigDict:
@@ -32,21 +34,21 @@ def get_config(variant: str = "gru_jsb") -> ConfigDict:
         stack=stack(
             cell,
             HIDDEN_SIZES[collection][cell],
-            dropout_rate=0.6,
+            dropout_rate=0.5,
             variational=True,
         ),
     )
     config.task = dict(
-        name="SequencePrediction", objective="frame_likelihood", num_sequences=8
+        name="SequencePrediction", objective="frame_likelihood", num_sequences=16
     )
     config.optimizer = dict(
         name="adamw",
-        learning_rate=1e-2,
+        learning_rate=LEARNING_RATES[cell],
         schedule="cosine",
         warmup_steps=50,
         clip_norm=1.0,
     )
     config.training = dict(
-        num_steps=1000, steps_per_call=10, log_every=50, eval_every=50
+        num_steps=3000, steps_per_call=10, log_every=50, eval_every=50, patience=10
     )
     return config
