@@ -538,7 +538,15 @@ def test_a_signal_during_an_evaluation(tmp_path, monkeypatch, evaluation, batch)
     assert end(task, tmp_path / "resumed") == end(task, tmp_path / "straight")
 
 
-def test_a_second_signal_acts_as_usual():
+@pytest.fixture
+def interruptible():
+    """SIGINT as usual: where tests run in the background, shells have it ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_a_second_signal_acts_as_usual(interruptible):
     with loop.StopSignal() as stop:
         terminate()
         assert stop.name == "SIGTERM"
