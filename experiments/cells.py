@@ -1,6 +1,5 @@
 """Sections of recurrent networks that the configs of sequences share."""
 
-from collections.abc import Iterable
 from typing import Any
 
 CELLS = {
@@ -23,12 +22,3 @@ def stack(cell: str, hidden_size: int, *, cell_fields: Any = (), **fields) -> di
     """
     section = CELLS[cell] | {"hidden_size": hidden_size} | dict(cell_fields)
     return {"name": "RecurrentStack", "cell": section} | fields
-
-
-def check_variant(variant: str, variants: Iterable[str]) -> None:
-    """Raises ValueError if a config has no such variant."""
-    variants = list(variants)
-    if variant not in variants:
-        raise ValueError(
-            f"there is no variant {variant!r}: it must be one of {', '.join(variants)}"
-        )

@@ -7,7 +7,8 @@ and Adam are those of Bai, Kolter and Koltun, arXiv 1803.01271, table 1: squared
 
 from ml_collections import ConfigDict
 
-from experiments.cells import check_variant, stack
+from experiments.cells import stack
+from experiments.variants import check_variant
 
 HIDDEN_SIZES = {"rnn": 263, "gru": 150, "lstm": 130}
 

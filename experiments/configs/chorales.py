@@ -10,7 +10,8 @@ Koltun, arXiv 1803.01271, table 1; RNN, GRU, LSTM) of some 300,000 parameters: j
 
 from ml_collections import ConfigDict
 
-from experiments.cells import check_variant, stack
+from experiments.cells import stack
+from experiments.variants import check_variant
 
 HIDDEN_SIZES = {
     "jsb": {"rnn": 425, "gru": 250, "lstm": 210},

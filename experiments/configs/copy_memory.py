@@ -8,7 +8,8 @@ step: 0.0202 (RNN), 0.0197 (GRU) and 0.0204 (LSTM).
 
 from ml_collections import ConfigDict
 
-from experiments.cells import check_variant, stack
+from experiments.cells import stack
+from experiments.variants import check_variant
 
 HIDDEN_SIZES = {"rnn": 110, "gru": 62, "lstm": 52}
 

@@ -12,13 +12,12 @@ text from about as many as officially, MNIST from a fiftieth.
 
 from ml_collections import ConfigDict
 
+from experiments.variants import check_variant
+
 
 def get_config(variant: str = "text") -> ConfigDict:
     """The config of a kind of digits."""
-    if variant not in ("text", "mnist"):
-        raise ValueError(
-            f"there is no variant {variant!r}: it must be one of text, mnist"
-        )
+    check_variant(variant, ("text", "mnist"))
     config = ConfigDict()
     if variant == "text":
         config.dataset = dict(name="DigitSums")

@@ -7,7 +7,8 @@ Hochreiter and Schmidhuber, "Long short-term memory", 1997, section 5.1.
 
 from ml_collections import ConfigDict
 
-from experiments.cells import check_variant, stack
+from experiments.cells import stack
+from experiments.variants import check_variant
 
 
 def get_config(variant: str = "lstm") -> ConfigDict:

@@ -6,7 +6,8 @@ up to 50, as in the lecture.
 
 from ml_collections import ConfigDict
 
-from experiments.cells import check_variant, stack
+from experiments.cells import stack
+from experiments.variants import check_variant
 
 
 def get_config(variant: str = "lstm") -> ConfigDict:

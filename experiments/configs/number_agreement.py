@@ -9,7 +9,8 @@ have far to go: docs/results.md says which cell still learns.
 
 from ml_collections import ConfigDict
 
-from experiments.cells import CELLS, check_variant, stack
+from experiments.cells import CELLS, stack
+from experiments.variants import check_variant
 
 
 def get_config(variant: str = "lstm") -> ConfigDict:

@@ -10,16 +10,14 @@ and gives its results as a figure. Here it learns from 640,000 sets, each seen o
 
 from ml_collections import ConfigDict
 
+from experiments.variants import check_variant
+
 STATISTICS = ("rotation", "correlation", "rank1", "random")
 
 
 def get_config(variant: str = "rotation") -> ConfigDict:
     """The config of a statistic."""
-    if variant not in STATISTICS:
-        raise ValueError(
-            f"there is no variant {variant!r}: it must be one of "
-            f"{', '.join(STATISTICS)}"
-        )
+    check_variant(variant, STATISTICS)
     config = ConfigDict()
     config.dataset = dict(name="PopulationStatistics", statistic=variant)
     config.model = dict(

@@ -6,7 +6,8 @@ forward network stays at one half, and a bidirectional one can always be right.
 
 from ml_collections import ConfigDict
 
-from experiments.cells import check_variant, stack
+from experiments.cells import stack
+from experiments.variants import check_variant
 
 
 def get_config(variant: str = "bidirectional") -> ConfigDict:

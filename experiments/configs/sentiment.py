@@ -8,7 +8,8 @@ vectors: about 76 to 77 % (Kim, arXiv 1408.5882, CNN-rand 76.1), with them 79 to
 
 from ml_collections import ConfigDict
 
-from experiments.cells import check_variant, stack
+from experiments.cells import stack
+from experiments.variants import check_variant
 
 
 def get_config(variant: str = "lstm") -> ConfigDict:

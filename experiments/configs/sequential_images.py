@@ -9,7 +9,8 @@ pixels, no file needed). The files of the others: `config.dataset.source_dir`, s
 
 from ml_collections import ConfigDict
 
-from experiments.cells import check_variant, stack
+from experiments.cells import stack
+from experiments.variants import check_variant
 
 CELLS = ("rnn", "gru", "lstm")
 DATASETS = ("mnist", "permuted_mnist", "fashion_mnist", "digits")

@@ -9,7 +9,8 @@ steps of 12 windows; 10.7 million parameters give 1.47.
 
 from ml_collections import ConfigDict
 
-from experiments.cells import check_variant, stack
+from experiments.cells import stack
+from experiments.variants import check_variant
 
 
 def get_config(variant: str = "lstm") -> ConfigDict:

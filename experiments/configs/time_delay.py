@@ -7,7 +7,8 @@ recurrent networks", JMLR 2002, section 4.1, with one or a few units.
 
 from ml_collections import ConfigDict
 
-from experiments.cells import check_variant, stack
+from experiments.cells import stack
+from experiments.variants import check_variant
 
 
 def get_config(variant: str = "peephole") -> ConfigDict:

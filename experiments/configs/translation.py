@@ -10,7 +10,8 @@ about 33 to 35 of recurrent networks with attention, 38 to 41 of small Transform
 
 from ml_collections import ConfigDict
 
-from experiments.cells import check_variant, stack
+from experiments.cells import stack
+from experiments.variants import check_variant
 
 MODELS = ("gru", "seq2seq", "transformer")
 DATASETS = {"multi30k": "Multi30k", "dates": "DateTranslation"}

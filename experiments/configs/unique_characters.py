@@ -15,15 +15,14 @@ which falls to zero.
 
 from ml_collections import ConfigDict
 
+from experiments.variants import check_variant
+
 MODELS = ("deepsets_mean", "deepsets_sum", "deepsets_max", "set_transformer")
 
 
 def get_config(variant: str = "set_transformer") -> ConfigDict:
     """The config of a model."""
-    if variant not in MODELS:
-        raise ValueError(
-            f"there is no variant {variant!r}: it must be one of {', '.join(MODELS)}"
-        )
+    check_variant(variant, MODELS)
     config = ConfigDict()
     config.dataset = dict(name="UniqueCharacters")
     encoder = dict(

@@ -18,7 +18,8 @@ from experiments.loop import Training
 from experiments.optimizers import Optimizer
 from experiments.report import Section
 from experiments.tasks import sequence_report, supervised
-from experiments.tasks.sequence_prediction import SequenceDataset, answers
+from experiments.tasks.sequence_batches import SequenceDataset
+from experiments.tasks.sequence_prediction import answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +65,9 @@ class LanguageModeling:
     monitor = "cross_entropy"
 
     def __post_init__(self):
-        for name in ("num_windows", "window", "evaluation_batch", "sample_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        supervised.check_positive(
+            self, "num_windows", "window", "evaluation_batch", "sample_length"
+        )
         if self.context is not None and self.context < 0:
             raise ValueError(f"context must be 0 or more, not {self.context}")
         if not all(temperature > 0 for temperature in self.temperatures):

@@ -36,8 +36,6 @@ PROTOCOLS = ("uniform", "dirichlet", "natural", "grid", "published")
 COVARIATE_SHIFT = "covariate_shift"
 # Directions of the inputs along which covariates shift.
 NUM_COMPONENTS = 8
-# Bags of validation and test are the same for every model and every seed of training.
-EVALUATION_SEED = {"validation": 1, "test": 2}
 EVALUATION_BATCH = 20
 ENCODING_CHUNK = 2000
 
@@ -110,9 +108,9 @@ class Quantification:
     baseline_steps: int = 2000
 
     def __post_init__(self):
-        for name in ("num_bags", "bag_size", "validation_bags", "test_bags"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        supervised.check_positive(
+            self, "num_bags", "bag_size", "validation_bags", "test_bags"
+        )
         for name in ("protocol", "evaluation_protocol"):
             known = (*PROTOCOLS, COVARIATE_SHIFT)
             if getattr(self, name) not in known:
@@ -319,7 +317,7 @@ class Quantification:
 
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Bags of a split; the last batch is masked to the number asked for."""
-        key = jax.random.fold_in(jax.random.key(EVALUATION_SEED[split]), index)
+        key = supervised.evaluation_key(split, index)
         indices, prevalence = self._draw_bags(
             key,
             arrays[split],

@@ -2,46 +2,33 @@
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import data
 from archs import contracts
-from data.samplers import bucketed_batch
 from experiments import metrics
 from experiments.loop import Training
 from experiments.optimizers import Optimizer
 from experiments.report import Section
-from experiments.tasks import sequence_objectives, sequence_report, supervised
-
-# Sequences of validation and test are the same for every model and every seed.
-EVALUATION_SEED = {"validation": 1, "test": 2}
-
-
-class SequenceDataset(Protocol):
-    """A dataset of sequences, stored or generated.
-
-    A stored one holds them in `arrays`, sorted by length, has `buckets`, which its
-    train split is divided into, and `select(indices, split, arrays)`; a generated one
-    has `sample(key, num_sequences, split, arrays)`. Both return a batch: "inputs"
-    [sequence, step, ...], "lengths" int32 [sequence], "targets" [sequence] or
-    [sequence, step, ...], of the latter "target_mask" bool [sequence, step], and what
-    else evaluation groups by, int [sequence].
-
-    Attributes:
-      spec: `num_classes` is the number of outputs that the targets ask for.
-      arrays: {split: {name: array}}; `{}` of a split where nothing is needed.
-    """
-
-    spec: data.Spec
-    arrays: Mapping[str, Any]
+from experiments.tasks import (
+    objectives,
+    sequence_objectives,
+    sequence_report,
+    supervised,
+)
+from experiments.tasks.sequence_batches import (
+    SequenceDataset,
+    at_bucket_length,
+    draw_evaluation_batch,
+    draw_train_batch,
+    evaluation_size,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,23 +66,14 @@ class SequencePrediction:
     evaluation_batch: int = 100
 
     def __post_init__(self):
-        for name in (
+        supervised.check_positive(
+            self,
             "num_sequences",
             "validation_sequences",
             "test_sequences",
             "evaluation_batch",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        known = [
-            name
-            for name, value in vars(sequence_objectives).items()
-            if inspect.isfunction(value) and not name.startswith("_")
-        ]
-        if self.objective not in known:
-            raise ValueError(
-                f"objective must be one of {', '.join(known)}, not {self.objective!r}"
-            )
+        )
+        objectives.check(sequence_objectives, self.objective)
         both = getattr(getattr(self.model, "stack", None), "bidirectional", False)
         if both and self.objective in ("frame_likelihood", "legal_symbol"):
             raise ValueError(
@@ -126,11 +104,7 @@ class SequencePrediction:
     def _measure(self, prediction: Any, batch: Mapping) -> dict:
         """{measure: (values, mask or None)}, the loss first."""
         answer = answers(prediction).astype(jnp.float32)
-        measured = getattr(sequence_objectives, self.objective)(answer, batch)
-        return {
-            name: values if isinstance(values, tuple) else (values, None)
-            for name, values in measured.items()
-        }
+        return objectives.measure(sequence_objectives, self.objective, answer, batch)
 
     # The methods of `loop.Task`.
 
@@ -145,13 +119,7 @@ class SequencePrediction:
 
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Sequences of the train split."""
-        if hasattr(self.dataset, "buckets"):
-            _, indices = bucketed_batch(
-                key, step, self.dataset.buckets, self.num_sequences
-            )
-            return self.dataset.select(indices, "train", arrays)
-        key = jax.random.fold_in(key, step)
-        return self.dataset.sample(key, self.num_sequences, "train", arrays)
+        return draw_train_batch(self.dataset, key, step, self.num_sequences, arrays)
 
     def train_step(
         self, state: supervised.TrainState, batch: Mapping, key: jax.Array
@@ -186,11 +154,8 @@ class SequencePrediction:
         return -(-self._num_evaluation_sequences(split) // self.evaluation_batch)
 
     def _num_evaluation_sequences(self, split: str) -> int:
-        if hasattr(self.dataset, "buckets"):
-            return self.dataset.spec.sizes[split]
-        return (
-            self.validation_sequences if split == "validation" else self.test_sequences
-        )
+        asked = {"validation": self.validation_sequences, "test": self.test_sequences}
+        return evaluation_size(self.dataset, split, asked[split])
 
     def prepare_evaluation(
         self, state: supervised.TrainState, split: str, arrays: Mapping
@@ -201,13 +166,9 @@ class SequencePrediction:
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Sequences of a split; "counted" leaves out those beyond its number."""
         size = self._num_evaluation_sequences(split)
-        number = index * self.evaluation_batch + jnp.arange(self.evaluation_batch)
-        if hasattr(self.dataset, "buckets"):
-            batch = self.dataset.select(jnp.minimum(number, size - 1), split, arrays)
-        else:
-            key = jax.random.fold_in(jax.random.key(EVALUATION_SEED[split]), index)
-            batch = self.dataset.sample(key, self.evaluation_batch, split, arrays)
-        return batch | {"counted": number < size}
+        return draw_evaluation_batch(
+            self.dataset, split, index, size, self.evaluation_batch, arrays
+        )
 
     def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:
         """The objective's measures, averaged over sequences or steps."""
@@ -300,37 +261,3 @@ class SequencePrediction:
 def answers(prediction: Any) -> jax.Array:
     """What a model answered, without the states it may return besides."""
     return prediction[0] if isinstance(prediction, tuple) else prediction
-
-
-def at_bucket_length(
-    dataset: Any, step: Callable, state: Any, batch: Mapping, *rest: Any
-) -> Any:
-    """`step(state, batch, *rest)` with the batch cut to the length of its bucket.
-
-    Every length of the dataset's buckets is a branch of one compiled program, of which
-    the shortest is computed that holds the batch. A generated batch stays as it is.
-
-    Args:
-      dataset: a `SequenceDataset`.
-      step: a function of a state, a batch and the rest.
-      state: see `step`.
-      batch: arrays [sequence, step, ...] are cut, those of one axis stay.
-      rest: see `step`.
-    """
-    if not hasattr(dataset, "buckets"):
-        return step(state, batch, *rest)
-    lengths = [batch[name] for name in ("lengths", "target_lengths") if name in batch]
-    longest = max(leaf.shape[1] for leaf in batch.values() if leaf.ndim > 1)
-    options = sorted({length for *_, length in dataset.buckets} | {longest})
-
-    def cut(length, state, batch, *rest):
-        shorter = {
-            name: leaf[:, :length] if leaf.ndim > 1 else leaf
-            for name, leaf in batch.items()
-        }
-        return step(state, shorter, *rest)
-
-    branches = [functools.partial(cut, length) for length in options]
-    needed = functools.reduce(jnp.maximum, lengths).max()
-    bucket = jnp.searchsorted(jnp.asarray(options), needed)
-    return jax.lax.switch(bucket, branches, state, batch, *rest)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,10 +17,12 @@ from experiments import metrics
 from experiments.loop import Training
 from experiments.optimizers import Optimizer
 from experiments.report import Section
-from experiments.tasks import set_objectives, set_prediction_report, supervised
-
-# Sets of validation and test are the same for every model and every seed of training.
-EVALUATION_SEED = {"validation": 1, "test": 2}
+from experiments.tasks import (
+    objectives,
+    set_objectives,
+    set_prediction_report,
+    supervised,
+)
 
 
 class SetDataset(Protocol):
@@ -88,20 +89,10 @@ class SetPrediction:
     evaluation_batch: int = 100
 
     def __post_init__(self):
-        for name in ("num_sets", "validation_sets", "test_sets", "evaluation_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
-        known = [
-            name
-            for name, value in vars(set_objectives).items()
-            if inspect.isfunction(value)
-            and list(inspect.signature(value).parameters) == ["prediction", "batch"]
-            and not name.startswith("_")
-        ]
-        if self.objective not in known:
-            raise ValueError(
-                f"objective must be one of {', '.join(known)}, not {self.objective!r}"
-            )
+        supervised.check_positive(
+            self, "num_sets", "validation_sets", "test_sets", "evaluation_batch"
+        )
+        objectives.check(set_objectives, self.objective)
 
     @property
     def arrays(self) -> Mapping[str, Any]:
@@ -126,11 +117,7 @@ class SetPrediction:
     def _measure(self, prediction: Any, batch: Mapping) -> dict:
         """{measure: (values, mask or None)}, the loss first."""
         prediction = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), prediction)
-        measured = getattr(set_objectives, self.objective)(prediction, batch)
-        return {
-            name: values if isinstance(values, tuple) else (values, None)
-            for name, values in measured.items()
-        }
+        return objectives.measure(set_objectives, self.objective, prediction, batch)
 
     # The methods of `loop.Task`.
 
@@ -185,7 +172,7 @@ class SetPrediction:
 
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Sets of a split; "counted" leaves out those beyond the number asked for."""
-        key = jax.random.fold_in(jax.random.key(EVALUATION_SEED[split]), index)
+        key = supervised.evaluation_key(split, index)
         number = index * self.evaluation_batch + jnp.arange(self.evaluation_batch)
         if hasattr(self.dataset, "select"):
             indices = number % self.dataset.spec.sizes[split]

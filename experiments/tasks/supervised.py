@@ -38,6 +38,23 @@ class TrainState:
         return {"params": params, **self.model_state}
 
 
+def check_positive(task: Any, *names: str) -> None:
+    """Raises ValueError for the first of these fields of a task that is below 1."""
+    for name in names:
+        if getattr(task, name) < 1:
+            raise ValueError(f"{name} must be 1 or more, not {getattr(task, name)}")
+
+
+def evaluation_key(split: str, index: jax.Array) -> jax.Array:
+    """The key of a batch of "validation" or "test".
+
+    What is drawn there is the same for every model and every seed of training.
+    """
+    return jax.random.fold_in(
+        jax.random.key({"validation": 1, "test": 2}[split]), index
+    )
+
+
 def init_state(variables: dict, optimizer: Optimizer, num_steps: int) -> TrainState:
     """The state before the first step."""
     variables = dict(variables)

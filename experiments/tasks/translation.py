@@ -13,17 +13,18 @@ import optax
 
 from archs import contracts
 from archs.decoding import beam_search
-from data.samplers import bucketed_batch
 from data.sequences import BOS, EOS
 from experiments import metrics
 from experiments.loop import Training
 from experiments.optimizers import Optimizer
 from experiments.report import Section
 from experiments.tasks import supervised, translation_report
-from experiments.tasks.sequence_prediction import (
-    EVALUATION_SEED,
+from experiments.tasks.sequence_batches import (
     SequenceDataset,
     at_bucket_length,
+    draw_evaluation_batch,
+    draw_train_batch,
+    evaluation_size,
 )
 
 
@@ -73,15 +74,14 @@ class Translation:
     monitor = "cross_entropy"
 
     def __post_init__(self):
-        for name in (
+        supervised.check_positive(
+            self,
             "num_pairs",
             "validation_pairs",
             "test_pairs",
             "evaluation_batch",
             "beam_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, not {getattr(self, name)}")
+        )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 f"label_smoothing must lie in [0, 1), not {self.label_smoothing}"
@@ -112,11 +112,7 @@ class Translation:
 
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Pairs of the train split."""
-        if hasattr(self.dataset, "buckets"):
-            _, indices = bucketed_batch(key, step, self.dataset.buckets, self.num_pairs)
-            return self.dataset.select(indices, "train", arrays)
-        key = jax.random.fold_in(key, step)
-        return self.dataset.sample(key, self.num_pairs, "train", arrays)
+        return draw_train_batch(self.dataset, key, step, self.num_pairs, arrays)
 
     def train_step(
         self, state: supervised.TrainState, batch: Mapping, key: jax.Array
@@ -156,9 +152,8 @@ class Translation:
 
     def num_pairs_of(self, split: str) -> int:
         """Pairs of an evaluation."""
-        if hasattr(self.dataset, "buckets"):
-            return self.dataset.spec.sizes[split]
-        return self.validation_pairs if split == "validation" else self.test_pairs
+        asked = {"validation": self.validation_pairs, "test": self.test_pairs}
+        return evaluation_size(self.dataset, split, asked[split])
 
     def prepare_evaluation(
         self, state: supervised.TrainState, split: str, arrays: Mapping
@@ -169,13 +164,9 @@ class Translation:
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Pairs of a split; "counted" leaves out those beyond its number."""
         size = self.num_pairs_of(split)
-        number = index * self.evaluation_batch + jnp.arange(self.evaluation_batch)
-        if hasattr(self.dataset, "buckets"):
-            batch = self.dataset.select(jnp.minimum(number, size - 1), split, arrays)
-        else:
-            key = jax.random.fold_in(jax.random.key(EVALUATION_SEED[split]), index)
-            batch = self.dataset.sample(key, self.evaluation_batch, split, arrays)
-        return batch | {"counted": number < size}
+        return draw_evaluation_batch(
+            self.dataset, split, index, size, self.evaluation_batch, arrays
+        )
 
     def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:
         """Cross-entropy, not smoothed, and accuracy of tokens given those before."""

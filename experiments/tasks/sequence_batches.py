@@ -1,0 +1,103 @@
+"""Batches of stored and of generated sequences, for tasks that learn from either."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+import data
+from data.samplers import bucketed_batch
+from experiments.tasks import supervised
+
+
+class SequenceDataset(Protocol):
+    """A dataset of sequences, stored or generated.
+
+    A stored one holds them in `arrays`, sorted by length, has `buckets`, which its
+    train split is divided into, and `select(indices, split, arrays)`; a generated one
+    has `sample(key, num_sequences, split, arrays)`. Both return a batch: "inputs"
+    [sequence, step, ...], "lengths" int32 [sequence], "targets" [sequence] or
+    [sequence, step, ...], of the latter "target_mask" bool [sequence, step], and what
+    else evaluation groups by, int [sequence].
+
+    Attributes:
+      spec: `num_classes` is the number of outputs that the targets ask for.
+      arrays: {split: {name: array}}; `{}` of a split where nothing is needed.
+    """
+
+    spec: data.Spec
+    arrays: Mapping[str, Any]
+
+
+def draw_train_batch(
+    dataset: SequenceDataset,
+    key: jax.Array,
+    step: jax.Array,
+    batch_size: int,
+    arrays: Mapping,
+) -> dict:
+    """The batch of a training step: stored sequences of one bucket, or new ones."""
+    if hasattr(dataset, "buckets"):
+        _, indices = bucketed_batch(key, step, dataset.buckets, batch_size)
+        return dataset.select(indices, "train", arrays)
+    key = jax.random.fold_in(key, step)
+    return dataset.sample(key, batch_size, "train", arrays)
+
+
+def evaluation_size(dataset: SequenceDataset, split: str, generated: int) -> int:
+    """Sequences of an evaluation: all stored ones, or so many generated ones."""
+    return dataset.spec.sizes[split] if hasattr(dataset, "buckets") else generated
+
+
+def draw_evaluation_batch(
+    dataset: SequenceDataset,
+    split: str,
+    index: jax.Array,
+    size: int,
+    batch_size: int,
+    arrays: Mapping,
+) -> dict:
+    """Batch `index` of an evaluation; "counted" leaves out those beyond its `size`."""
+    number = index * batch_size + jnp.arange(batch_size)
+    if hasattr(dataset, "buckets"):
+        batch = dataset.select(jnp.minimum(number, size - 1), split, arrays)
+    else:
+        key = supervised.evaluation_key(split, index)
+        batch = dataset.sample(key, batch_size, split, arrays)
+    return batch | {"counted": number < size}
+
+
+def at_bucket_length(
+    dataset: Any, step: Callable, state: Any, batch: Mapping, *rest: Any
+) -> Any:
+    """`step(state, batch, *rest)` with the batch cut to the length of its bucket.
+
+    Every length of the dataset's buckets is a branch of one compiled program, of which
+    the shortest is computed that holds the batch. A generated batch stays as it is.
+
+    Args:
+      dataset: a `SequenceDataset`.
+      step: a function of a state, a batch and the rest.
+      state: see `step`.
+      batch: arrays [sequence, step, ...] are cut, those of one axis stay.
+      rest: see `step`.
+    """
+    if not hasattr(dataset, "buckets"):
+        return step(state, batch, *rest)
+    lengths = [batch[name] for name in ("lengths", "target_lengths") if name in batch]
+    longest = max(leaf.shape[1] for leaf in batch.values() if leaf.ndim > 1)
+    options = sorted({length for *_, length in dataset.buckets} | {longest})
+
+    def cut(length, state, batch, *rest):
+        shorter = {
+            name: leaf[:, :length] if leaf.ndim > 1 else leaf
+            for name, leaf in batch.items()
+        }
+        return step(state, shorter, *rest)
+
+    branches = [functools.partial(cut, length) for length in options]
+    needed = functools.reduce(jnp.maximum, lengths).max()
+    bucket = jnp.searchsorted(jnp.asarray(options), needed)
+    return jax.lax.switch(bucket, branches, state, batch, *rest)
