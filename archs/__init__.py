@@ -49,6 +49,12 @@ from .histogram import (
     hard_histogram,
     linear_histogram,
 )
+from .linear_recurrent import (
+    LinearRecurrentUnit,
+    MinGRUCell,
+    MinLSTMCell,
+    linear_recurrence,
+)
 from .pooling import (
     PowerMean,
     Quantiles,
@@ -133,7 +139,10 @@ __all__ = [
     "ISAB",
     "LSTMCell",
     "LinearHistogram",
+    "LinearRecurrentUnit",
     "MAB",
+    "MinGRUCell",
+    "MinLSTMCell",
     "MultiHeadAttention",
     "PMA",
     "PeepholeLSTMCell",
@@ -189,6 +198,7 @@ __all__ = [
     "initial_mixture",
     "kl_divergence",
     "linear_histogram",
+    "linear_recurrence",
     "log_count_pool",
     "logsumexp_pool",
     "lower_median_pool",

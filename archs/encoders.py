@@ -130,6 +130,10 @@ class CNN(nn.Module):
       hidden_sizes: the widths of Dense layers with ReLU before the last.
       dropout_rate: applied before each Dense layer when `train`; needs the rng stream
         "dropout".
+      num_groups: None, or each convolution is followed by a normalisation of so many
+        groups of channels of an image (Wu and He, "Group normalization", ECCV 2018).
+        Four convolutions or more hardly learn without one. Batch normalisation would
+        let the examples of a bag see each other.
       dtype: compute dtype; parameters are float32.
     """
 
@@ -139,6 +143,7 @@ class CNN(nn.Module):
     stride: int = 1
     hidden_sizes: Sequence[int] = ()
     dropout_rate: float = 0.0
+    num_groups: int | None = None
     dtype: Any = None
 
     @nn.compact
@@ -160,7 +165,10 @@ class CNN(nn.Module):
                 kernel_init=init,
                 bias_init=init,
             )
-            x = nn.relu(conv(x) if self.stride > 1 else _max_pool(conv(x)))
+            x = conv(x)
+            if self.num_groups is not None:
+                x = nn.GroupNorm(self.num_groups, dtype=self.dtype)(x)
+            x = nn.relu(x if self.stride > 1 else _max_pool(x))
         x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
         x = Dropout(self.dropout_rate)(x, train=train)
         for width in self.hidden_sizes:

@@ -739,10 +739,11 @@ class Recurrent(nn.Module):
     backpropagation through time.
 
     Attributes:
-      cell: a cell of this module, or any module with
+      cell: a cell of this module or of `archs.linear_recurrent`, or any module with
         `__call__(state, inputs [batch, feature]) -> (state, output [batch, hidden])`
-        and `initial_state(batch_size, dtype)`; that one's loop is differentiated by
-        JAX.
+        and `initial_state(batch_size, dtype)`. A cell may have a loop of its own,
+        `run(inputs [time, batch, feature], state, real, reverse)`, that returns outputs
+        and the final state; otherwise JAX differentiates the loop over `__call__`.
       reverse: whether time runs backward: each sequence from its own last element to
         the first. Outputs stand where their inputs do.
       learned_initial_state: whether the initial state is a parameter, zero at first.
@@ -801,7 +802,7 @@ class Recurrent(nn.Module):
         if lengths is not None:
             real = (jnp.arange(time)[:, None] < lengths)[..., None]
             inputs = jnp.where(real if floating else real[..., 0], inputs, 0)
-        run = self.cell.run if isinstance(self.cell, _Cell) else self._run
+        run = getattr(self.cell, "run", self._run)
         outputs, state = run(inputs, initial_state, real, self.reverse)
         return outputs.swapaxes(0, 1), state
 
@@ -1042,8 +1043,7 @@ def _check_inputs(inputs: jax.Array, axes: tuple[str, ...]) -> None:
 
 
 def _check_state(cell: nn.Module, state: Any, batch_size: int) -> None:
-    expected = jax.eval_shape(lambda: cell.initial_state(batch_size, jnp.float32))
-    want = jax.tree.map(jnp.shape, expected)
+    want = jax.tree.map(jnp.shape, cell.initial_state(batch_size, jnp.float32))
     given = jax.tree.map(jnp.shape, state)
     if want != given:
         raise ValueError(

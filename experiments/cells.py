@@ -8,6 +8,9 @@ CELLS = {
     "plain_gru": {"name": "GRUCell", "relevance_gate": False},
     "lstm": {"name": "LSTMCell"},
     "peephole": {"name": "PeepholeLSTMCell"},
+    "min_gru": {"name": "MinGRUCell"},
+    "min_lstm": {"name": "MinLSTMCell"},
+    "linear": {"name": "LinearRecurrentUnit"},
 }
 
 

@@ -12,7 +12,10 @@ from jax.test_util import check_grads
 from archs import (
     Bidirectional,
     GRUCell,
+    LinearRecurrentUnit,
     LSTMCell,
+    MinGRUCell,
+    MinLSTMCell,
     PeepholeLSTMCell,
     Recurrent,
     RecurrentEncoderDecoder,
@@ -35,6 +38,9 @@ CELLS = {
     "lstm": LSTMCell(HIDDEN),
     "peephole": PeepholeLSTMCell(HIDDEN),
     "full peephole": PeepholeLSTMCell(HIDDEN, full=True),
+    "minimal gru": MinGRUCell(HIDDEN),
+    "minimal lstm": MinLSTMCell(HIDDEN),
+    "linear": LinearRecurrentUnit(HIDDEN),
 }
 TORCH = {
     "simple": (torch.nn.RNN, {"nonlinearity": "tanh"}),
@@ -353,7 +359,7 @@ def test_derivatives_equal_those_of_a_plain_scan(cell, reverse, batch):
             outputs, state = run(variables, inputs)
             weighted = outputs * normal(*outputs.shape, seed=5)
             return weighted.sum() + sum(
-                (leaf * leaf).sum() for leaf in jax.tree.leaves(state)
+                (leaf * leaf.conj()).real.sum() for leaf in jax.tree.leaves(state)
             )
 
         return jax.jit(jax.value_and_grad(of, (0, 1)))
@@ -583,8 +589,9 @@ def test_a_cell_of_ones_own():
 # Dtypes, tokens, initialisers.
 
 
-@each_cell
-def test_bfloat16_stays_bfloat16(cell):
+@pytest.mark.parametrize("name", sorted(set(CELLS) - {"linear"}))
+def test_bfloat16_stays_bfloat16(name):
+    cell = CELLS[name]
     half = cell.clone(dtype=jnp.bfloat16)
     inputs = sequences()
 
@@ -630,6 +637,8 @@ def test_tokens_are_one_hot_vectors(name):
 
 def test_recurrent_kernels_are_orthogonal_blocks():
     for name, cell in CELLS.items():
+        if name in ("minimal gru", "minimal lstm", "linear"):
+            continue
         variables = Recurrent(cell).init(jax.random.key(0), sequences())
         kernel = variables["params"]["cell"]["recurrent_kernel"]
         blocks = np.split(kernel, kernel.shape[1] // HIDDEN, -1)

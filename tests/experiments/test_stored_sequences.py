@@ -100,9 +100,9 @@ def test_chorales(cell, main, originals, tmp_path):
     assert (tmp_path / "music.mid").exists() and (tmp_path / "music.wav").exists()
 
 
-@pytest.mark.parametrize("model", ["lstm", "transformer"])
+@pytest.mark.parametrize("model", ["lstm", "min_gru", "linear", "transformer"])
 def test_sentiment(model, main, originals, tmp_path):
-    width = "stack.cell.hidden_size" if model == "lstm" else "hidden_size"
+    width = "hidden_size" if model == "transformer" else "stack.cell.hidden_size"
     measured, report = run(
         main,
         tmp_path,
@@ -145,9 +145,9 @@ LANGUAGE = [
 ]
 
 
-@pytest.mark.parametrize("model", ["lstm", "transformer"])
+@pytest.mark.parametrize("model", ["lstm", "min_gru", "linear", "transformer"])
 def test_shakespeare(model, main, originals, tmp_path):
-    width = "stack.cell.hidden_size" if model == "lstm" else "hidden_size"
+    width = "hidden_size" if model == "transformer" else "stack.cell.hidden_size"
     measured, report = run(
         main,
         tmp_path,
