@@ -21,7 +21,14 @@ from .contracts import (
 from .deepsets import DeepSets, EquivariantLayer
 from .dropout import Dropout
 from .emqnet import EMQNet
-from .encoders import CNN, MLP, Classifier, Embedding, encode_elements
+from .encoders import (
+    CNN,
+    MLP,
+    Classifier,
+    Embedding,
+    SequenceEncoder,
+    encode_elements,
+)
 from .equivariant import EquivariantNetwork
 from .gaussian_mixture import (
     GaussianMixture,
@@ -155,6 +162,7 @@ __all__ = [
     "RecurrentStack",
     "SAB",
     "SequenceClassifier",
+    "SequenceEncoder",
     "SequenceModel",
     "SetNorm",
     "SetTransformer",

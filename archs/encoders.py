@@ -112,6 +112,38 @@ class Embedding(nn.Module):
         return self.encoder(embed(x), train=train)
 
 
+class SequenceEncoder(nn.Module):
+    """Encoder of examples that are texts: `network(tokens, lengths)`.
+
+    A set network gets floating inputs, here the ids of tokens, which float32 holds
+    exactly, with `padding` after the end of each text.
+
+    Attributes:
+      network: maps tokens int32 [n, time] and their lengths [n] to [n, f]: a
+        `SequenceClassifier` or a `TransformerClassifier` with f for classes.
+      padding: the id that is none.
+    """
+
+    network: nn.Module
+    padding: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Maps ids x [n, time] to [n, f].
+
+        Raises:
+          ValueError: x is not [n, time].
+        """
+        if x.ndim != 2:
+            raise ValueError(
+                "SequenceEncoder reads ids of tokens, [n, time], but the shape given "
+                f"is {x.shape}."
+            )
+        tokens = x.astype(jnp.int32)
+        lengths = jnp.sum(tokens != self.padding, axis=1)
+        return self.network(tokens, lengths, train=train)
+
+
 class CNN(nn.Module):
     """Convolutional encoder: (Conv, ReLU, 2x2 max pooling) per channel, then Dense.
 

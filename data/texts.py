@@ -378,6 +378,7 @@ class MovieSentences:
             2,
             class_names=self.classes,
             vocabulary_size=len(self.vocabulary),
+            feature_shape=(self._longest,),
             sizes={split: len(rows) for split, rows in splits.items()},
             source=source,
             licence="CC BY 4.0",
@@ -385,6 +386,28 @@ class MovieSentences:
             "sentiment categorization with respect to rating scales, ACL 2005",
             homepage="https://www.cs.cornell.edu/people/pabo/movie-review-data/",
         )
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        rows = self._read[0].values()
+        return max(len(words) for pairs in rows for words, _ in pairs)
+
+    # As a `Dataset`: sentences are labelled examples, of which bags may be drawn.
+
+    shift: ClassVar[np.float32] = np.float32(0)
+    scale: ClassVar[np.float32] = np.float32(1)
+
+    @functools.cached_property
+    def splits(self) -> dict[str, dict[str, np.ndarray]]:
+        """{split: {"inputs": int32 [n, longest], 0 after the end, "labels": [n]}}."""
+        splits = {}
+        for split, rows in self.arrays.items():
+            inputs = np.asarray(rows["inputs"])
+            inputs = np.pad(inputs, ((0, 0), (0, self._longest - inputs.shape[1])))
+            splits[split] = {"inputs": inputs, "labels": np.asarray(rows["targets"])}
+        return splits
+
+    # As sequences.
 
     @functools.cached_property
     def arrays(self) -> dict:

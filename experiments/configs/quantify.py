@@ -1,7 +1,9 @@
 """Quantification of a labelled dataset: `quantify.py:MODEL_DATASET`.
 
 MODEL is `histnetq`, `deepsets`, `set_transformer`, `gmnet` or `emqnet`, DATASET one of
-`digits`, `breast_cancer`, `wine`, `mnist`, `fashion_mnist`. Training encodes `num_bags`
+`digits`, `breast_cancer`, `wine`, `mnist`, `fashion_mnist`, `sentences` (opinions on
+films, `config.dataset.source_dir` has sentence_polarity.zip; each sentence is read by a
+bidirectional GRU). Training encodes `num_bags`
 examples a step and learns from mixtures of them (`mixed_bags`); with
 `config.task.mixed_bags=0`, `config.task.bag_size=100` and `config.task.num_bags=20` it
 learns from bags as drawn. `emqnet` learns from the labels of single examples as well.
@@ -9,14 +11,17 @@ learns from bags as drawn. `emqnet` learns from the labels of single examples as
 
 from ml_collections import ConfigDict
 
+from experiments.cells import stack
+
 VECTORS = ("breast_cancer", "wine")
 IMAGES = ("mnist", "fashion_mnist")
+SENTENCES = "sentences"
 MODELS = ("histnetq", "deepsets", "set_transformer", "gmnet", "emqnet")
 
 
 def get_config(variant: str = "histnetq_digits") -> ConfigDict:
     """The config of a variant `MODEL_DATASET`."""
-    datasets = ("digits", *VECTORS, *IMAGES)
+    datasets = ("digits", *VECTORS, *IMAGES, SENTENCES)
     pairs = {f"{m}_{d}": (m, d) for m in MODELS for d in datasets}
     if variant not in pairs:
         raise ValueError(
@@ -25,7 +30,7 @@ def get_config(variant: str = "histnetq_digits") -> ConfigDict:
         )
     model, dataset = pairs[variant]
     config = ConfigDict()
-    config.dataset = dict(name=dataset)
+    config.dataset = dict(name="MovieSentences" if dataset == SENTENCES else dataset)
     if model == "emqnet":
         return _with_labels(config, dataset)
     config.task = dict(
@@ -45,6 +50,11 @@ def get_config(variant: str = "histnetq_digits") -> ConfigDict:
         config.training = dict(num_steps=1200, steps_per_call=10, eval_every=400)
         # Three times the rate, which without warm-up ends in a constant answer.
         config.optimizer.update(learning_rate=3e-3, warmup_steps=100, clip_norm=0.05)
+    elif dataset == SENTENCES:
+        encoder = _reader()
+        head = dict(name="PrevalenceHead", hidden_sizes=(256,))
+        config.training = dict(num_steps=1500, steps_per_call=10, eval_every=150)
+        config.optimizer.update(warmup_steps=100, clip_norm=1.0)
     else:
         encoder = dict(
             name="MLP", hidden_sizes=(512, 512), features=64, dropout_rate=0.3
@@ -68,7 +78,7 @@ def get_config(variant: str = "histnetq_digits") -> ConfigDict:
             name="SetTransformer",
             encoder=encoder,
             hidden_size=64,
-            num_seeds=dict(digits=10, breast_cancer=2, wine=3).get(dataset, 10),
+            num_seeds=dict(breast_cancer=2, wine=3, sentences=2).get(dataset, 10),
             head=head,
         )
         # A mixture is a bag of its own for attention: fewer of them, and fewer steps.
@@ -76,6 +86,19 @@ def get_config(variant: str = "histnetq_digits") -> ConfigDict:
         config.training.num_steps = 1200
         config.optimizer.update(warmup_steps=100, clip_norm=1.0)
     return config
+
+
+def _reader() -> dict:
+    """The encoder of a sentence."""
+    network = dict(
+        name="SequenceClassifier",
+        stack=stack("gru", 64, bidirectional=True),
+        num_classes=64,
+        embedding_size=64,
+        pooling="max",
+        dropout_rate=0.5,
+    )
+    return dict(name="SequenceEncoder", network=network)
 
 
 def _with_labels(config: ConfigDict, dataset: str) -> ConfigDict:
@@ -108,6 +131,11 @@ def _with_labels(config: ConfigDict, dataset: str) -> ConfigDict:
         config.training = dict(num_steps=5000, steps_per_call=10, eval_every=1000)
         # Among so many examples, seen shifted, no fold needs to be left out.
         config.model = dict(name="EMQNet", encoder=encoder)
+        return config
+    if dataset == SENTENCES:
+        config.task.num_bags = 256
+        config.training = dict(num_steps=600, steps_per_call=10, eval_every=100)
+        config.model = dict(name="EMQNet", encoder=_reader())
         return config
     # Few examples: most of the train split is learned from, and calibration needs no
     # other.

@@ -4,7 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from archs import CNN, MLP, Classifier, Embedding, encode_elements
+from archs import (
+    CNN,
+    MLP,
+    Classifier,
+    Embedding,
+    GRUCell,
+    HistNetQ,
+    LinearHistogram,
+    PrevalenceHead,
+    RecurrentStack,
+    SequenceClassifier,
+    SequenceEncoder,
+    TransformerClassifier,
+    assert_padding_invariant,
+    assert_permutation_invariant,
+    encode_elements,
+)
 
 
 def torch_gradients(net, x):
@@ -86,15 +102,25 @@ def test_cnn_is_torch_conv2d(size):
         close(gradients[f"Conv_{i}"]["bias"], conv.bias.grad)
 
 
-def test_strided_cnn_is_torch_conv2d_and_linear():
-    model = CNN((3, 5), 4, kernel_size=3, stride=2, hidden_sizes=(6,))
+@pytest.mark.parametrize("num_groups", [None, 2])
+def test_strided_cnn_is_torch_conv2d_and_linear(num_groups):
+    model = CNN(
+        (4, 6), 4, kernel_size=3, stride=2, hidden_sizes=(6,), num_groups=num_groups
+    )
     x = jax.random.normal(jax.random.key(0), (4, 11, 11, 2))
     variables = jax.jit(model.init)(jax.random.key(1), x)
-    params = jax.tree.map(np.array, variables["params"])
+    params = jax.tree.map(lambda leaf: np.array(leaf) + 0.1, variables["params"])
+    variables = {"params": params}
     # 11 is halved to 6 with padding on both sides, 6 to 3 with padding at the end.
     pads = [torch.nn.ZeroPad2d(1), torch.nn.ZeroPad2d((0, 1, 0, 1))]
-    convs = [torch.nn.Conv2d(2, 3, 3, stride=2), torch.nn.Conv2d(3, 5, 3, stride=2)]
-    linears = [torch.nn.Linear(45, 6), torch.nn.Linear(6, 4)]
+    convs = [torch.nn.Conv2d(2, 4, 3, stride=2), torch.nn.Conv2d(4, 6, 3, stride=2)]
+    norms = [torch.nn.Identity(), torch.nn.Identity()]
+    if num_groups is not None:
+        norms = [torch.nn.GroupNorm(num_groups, size, eps=1e-6) for size in (4, 6)]
+        for i, norm in enumerate(norms):
+            norm.weight.data = torch.from_numpy(params[f"GroupNorm_{i}"]["scale"])
+            norm.bias.data = torch.from_numpy(params[f"GroupNorm_{i}"]["bias"])
+    linears = [torch.nn.Linear(54, 6), torch.nn.Linear(6, 4)]
     for i, (conv, linear) in enumerate(zip(convs, linears, strict=True)):
         kernel = params[f"Conv_{i}"]["kernel"]
         conv.weight.data = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
@@ -102,8 +128,8 @@ def test_strided_cnn_is_torch_conv2d_and_linear():
         linear.weight.data = torch.from_numpy(params[f"Dense_{i}"]["kernel"].T.copy())
         linear.bias.data = torch.from_numpy(params[f"Dense_{i}"]["bias"])
     y = torch.from_numpy(np.array(x)).movedim(-1, 1)
-    for pad, conv in zip(pads, convs, strict=True):
-        y = torch.relu(conv(pad(y)))
+    for pad, conv, norm in zip(pads, convs, norms, strict=True):
+        y = torch.relu(norm(conv(pad(y))))
     y = linears[1](torch.relu(linears[0](y.movedim(1, -1).flatten(1))))
     close(jax.jit(model.apply)(variables, x), y.detach().numpy())
 
@@ -215,3 +241,56 @@ def test_classifier_is_linear_in_the_activated_code():
     expected = code @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
     found = model.apply({"params": params}, x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+READERS = {
+    "recurrent": SequenceClassifier(
+        RecurrentStack(GRUCell(5), bidirectional=True),
+        num_classes=6,
+        vocabulary_size=9,
+        pooling="max",
+    ),
+    "transformer": TransformerClassifier(
+        num_classes=6, vocabulary_size=9, num_layers=1, num_heads=2, hidden_size=8
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_text_is_read_to_its_end(name):
+    lengths = np.array([7, 3, 1, 0])
+    tokens = np.random.default_rng(0).integers(1, 9, (4, 7))
+    tokens = np.where(np.arange(7) < lengths[:, None], tokens, 0)
+    model = SequenceEncoder(READERS[name])
+    variables = model.init(jax.random.key(0), jnp.float32(tokens))
+    codes = model.apply(variables, jnp.float32(tokens))
+    own = {"params": variables["params"]["network"]}
+    for i, length in enumerate(lengths[:3]):
+        alone = READERS[name].apply(own, jnp.asarray(tokens[i : i + 1, :length]))
+        np.testing.assert_allclose(codes[i], alone[0], rtol=1e-5, atol=1e-6)
+    assert np.isfinite(codes).all()
+    longer = jnp.pad(jnp.float32(tokens), ((0, 0), (0, 2)))
+    np.testing.assert_allclose(
+        model.apply(variables, longer), codes, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_bags_of_texts_are_sets(name):
+    histogram, head = LinearHistogram(4), PrevalenceHead((5,), 3)
+    model = HistNetQ(SequenceEncoder(READERS[name]), histogram, head)
+    bags = jax.random.randint(jax.random.key(0), (2, 5, 6), 0, 9).astype(jnp.float32)
+    variables = model.init(jax.random.key(1), bags)
+
+    @jax.jit
+    def prevalence(inputs, mask):
+        return model.apply(variables, inputs, mask)
+
+    assert_permutation_invariant(prevalence, bags, key=jax.random.key(2))
+    assert_padding_invariant(prevalence, bags)
+
+
+def test_a_text_is_one_axis_of_ids():
+    model = SequenceEncoder(READERS["recurrent"])
+    with pytest.raises(ValueError, match=r"\[n, time\].*\(2, 3, 4\)"):
+        model.init(jax.random.key(0), jnp.zeros((2, 3, 4)))
