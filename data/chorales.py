@@ -94,9 +94,6 @@ class Chorales:
         data_dir: see `data.load`.
         source_dir: a folder with JSB_Chorales.mat or Nottingham.mat.
         download: whether a missing file may be downloaded.
-        transpositions: the train split has each piece in all keys up to so many
-            semitones above and below its own; notes that would leave the keyboard are
-            lost. The published figures are of 0.
         num_buckets: most groups of pieces of alike lengths, see
             `samplers.length_buckets`.
         min_bucket_size: fewest pieces of a group: the largest batch.
@@ -106,7 +103,6 @@ class Chorales:
     data_dir: str | os.PathLike | None = None
     source_dir: str | os.PathLike | None = None
     download: bool = False
-    transpositions: int = 0
     num_buckets: int = 4
     min_bucket_size: int = 32
 
@@ -115,11 +111,6 @@ class Chorales:
             raise ValueError(
                 f"collection must be one of {', '.join(ORIGINALS)}, not "
                 f"{self.collection!r}"
-            )
-        if not 0 <= self.transpositions < NUM_KEYS:
-            raise ValueError(
-                f"transpositions must lie between 0 and {NUM_KEYS - 1}, not "
-                f"{self.transpositions}"
             )
 
     @property
@@ -135,12 +126,7 @@ class Chorales:
             source_dir=self.source_dir,
             download=self.download,
         )
-        pieces = read_piano_rolls(content)
-        steps = range(-self.transpositions, self.transpositions + 1)
-        pieces["train"] = [
-            _transpose(roll, step) for step in steps for roll in pieces["train"]
-        ]
-        return pieces, source
+        return read_piano_rolls(content), source
 
     @property
     def spec(self) -> Spec:
@@ -206,9 +192,3 @@ class Chorales:
             "targets": targets,
             "target_mask": mask,
         }
-
-
-def _transpose(roll: np.ndarray, semitones: int) -> np.ndarray:
-    """A piano roll [frame, 88], so many keys higher."""
-    up, down = max(semitones, 0), max(-semitones, 0)
-    return np.pad(roll, ((0, 0), (up, down)))[:, down : down + NUM_KEYS]

@@ -5,7 +5,8 @@ CELL is rnn, gru or lstm, COLLECTION jsb (chorales by Bach) or nottingham (folk 
 `config.dataset.download=True` fetches it. After training the report has a piece that
 begins with one given note. Published negative log likelihoods a frame (Bai, Kolter and
 Koltun, arXiv 1803.01271, table 1; RNN, GRU, LSTM) of some 300,000 parameters: jsb 8.91,
-8.43, 8.45; of a million, nottingham 4.05, 3.46, 3.29.
+8.43, 8.45; of a million, nottingham 4.05, 3.46, 3.29. Here jsb's gated cells have 1.3
+million.
 """
 
 from ml_collections import ConfigDict
@@ -14,11 +15,9 @@ from experiments.cells import stack
 from experiments.variants import check_variant
 
 HIDDEN_SIZES = {
-    "jsb": {"rnn": 425, "gru": 250, "lstm": 210},
+    "jsb": {"rnn": 425, "gru": 600, "lstm": 500},
     "nottingham": {"rnn": 850, "gru": 500, "lstm": 430},
 }
-# At a tenth of this rate gated cells are still at 9.1 after 1,500 steps.
-LEARNING_RATES = {"rnn": 2e-3, "gru": 2e-2, "lstm": 2e-2}
 
 
 def get_config(variant: str = "gru_jsb") -> ConfigDict:
@@ -42,9 +41,10 @@ def get_config(variant: str = "gru_jsb") -> ConfigDict:
     config.task = dict(
         name="SequencePrediction", objective="frame_likelihood", num_sequences=16
     )
+    # At a tenth of their rate gated cells are still at 9.1 after 1,500 steps.
     config.optimizer = dict(
         name="adamw",
-        learning_rate=LEARNING_RATES[cell],
+        learning_rate=2e-3 if cell == "rnn" else 2e-2,
         schedule="cosine",
         warmup_steps=50,
         clip_norm=1.0,
@@ -52,4 +52,10 @@ def get_config(variant: str = "gru_jsb") -> ConfigDict:
     config.training = dict(
         num_steps=3000, steps_per_call=10, log_every=50, eval_every=50, patience=10
     )
+    if collection == "jsb" and cell != "rnn":
+        # Few pieces: a wide network that is held back in every way.
+        config.model.stack.dropout_rate = 0.6
+        config.task.num_sequences = 8
+        config.optimizer.update(weight_decay=0.2, ema_decay=0.98)
+        config.training.num_steps = 1000
     return config

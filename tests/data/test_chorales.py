@@ -70,23 +70,6 @@ def test_a_bucket_holds_its_pieces_whole(small):
         assert whole["targets"].sum() == cut["targets"].sum()
 
 
-def test_transpositions_are_of_the_train_split_alone(small):
-    dataset = dataclasses.replace(small, transpositions=2)
-    want = SIZES | {"train": 5 * SIZES["train"]}
-    assert dataset.spec.sizes == {s: len(lengths) for s, lengths in want.items()}
-    for split in ("validation", "test"):
-        np.testing.assert_array_equal(
-            dataset.arrays[split]["frames"], small.arrays[split]["frames"]
-        )
-    frames = np.asarray(dataset.arrays["train"]["frames"])
-    (piece,) = (roll for roll in rolls()["train"] if len(roll) == 9)
-    longest = frames[-5:]  # sorted by length
-    empty = np.zeros((9, 2), np.uint8)
-    wide = np.concatenate([empty, piece, empty], 1)  # key k stands at k + 2
-    for roll, first in zip(longest, (4, 3, 2, 1, 0), strict=True):
-        np.testing.assert_array_equal(roll, wide[:, first : first + 88])
-
-
 def test_impossible_values_are_named(tmp_path):
     with pytest.raises(ValueError, match="collection must be one of jsb, nott.*'muse'"):
         data.Chorales("muse")
