@@ -17,11 +17,9 @@ from experiments.optimizers import Optimizer
 from experiments.report import Section
 from experiments.tasks import quantification_report, supervised
 from experiments.tasks.prevalence import (
-    check_contracts,
+    PrevalenceTask,
     check_set_network,
-    element_encoder,
     estimate_in_training,
-    measure,
     pools_linearly,
 )
 
@@ -30,7 +28,7 @@ EVALUATION_BATCH = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class BagQuantification:
+class BagQuantification(PrevalenceTask):
     """Learns prevalences from given bags, each labelled by its prevalences.
 
     A few hundred bags are soon learned by heart, so a step learns from new ones that
@@ -101,7 +99,7 @@ class BagQuantification:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         for name in (self.loss, self.warmup_loss, *self.measures):
-            measure(name, self.bag_size)
+            self.measure(name)
         check_set_network(self.model)
         if self.mixed_bags and not self._mixes_representations:
             raise ValueError(
@@ -127,14 +125,11 @@ class BagQuantification:
         object.__setattr__(self, "arrays", arrays)
 
     @property
-    def monitor(self) -> str:
-        """The validation measure that decides: the loss."""
-        return self.loss
-
-    @property
     def bag_size(self) -> int:
         """Examples of a bag to learn from; measures smooth by it."""
         return self.dataset.splits["train"]["inputs"].shape[1]
+
+    bag_size_of_measures = bag_size
 
     @property
     def _mixes_representations(self) -> bool:
@@ -148,19 +143,6 @@ class BagQuantification:
         return ragged or (joined and self.real_bags > 0)
 
     # The methods of `loop.Task`.
-
-    def init(self, key: jax.Array, batch: Mapping) -> supervised.TrainState:
-        """The first state; see `loop.Task`."""
-        inputs = batch["inputs"]
-        variables = self.model.init(key, inputs)
-        estimate = jax.eval_shape(self.model.apply, variables, inputs)
-        expected = (self.num_bags, self.dataset.spec.num_classes)
-        if estimate.shape != expected:
-            raise ValueError(
-                f"the model must return prevalences of shape {expected} (bags, "
-                f"classes), not {estimate.shape}"
-            )
-        return supervised.init_state(variables, self.optimizer, self.training.num_steps)
 
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Bags to learn from, by the mixer."""
@@ -203,7 +185,7 @@ class BagQuantification:
             if self.warmup_steps:
                 names[self.warmup_loss] = None
             values = {
-                name: measure(name, self.bag_size)(batch["prevalence"], estimate)
+                name: self.measure(name)(batch["prevalence"], estimate)
                 for name in names
             }
             learned = values[self.loss].mean()
@@ -222,12 +204,6 @@ class BagQuantification:
     def num_eval_batches(self, split: str) -> int:
         """Batches of `EVALUATION_BATCH` labelled bags; 0 where there are none."""
         return -(-self.num_bags_of(split) // EVALUATION_BATCH)
-
-    def prepare_evaluation(
-        self, state: supervised.TrainState, split: str, arrays: Mapping
-    ) -> supervised.TrainState:
-        """The state; see `loop.Task`."""
-        return state
 
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Bags of a split in order; the last batch is filled up and masked."""
@@ -284,37 +260,7 @@ class BagQuantification:
         mask = batch["element_mask"] if self._padded else None
         return self.model.apply(state.variables, batch["inputs"], mask)
 
-    def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:
-        """The loss and the measures, averaged over bags."""
-        estimate = self.estimate(state, batch)
-        return {
-            name: metrics.masked(
-                measure(name, self.bag_size)(batch["prevalence"], estimate),
-                batch["mask"],
-            )
-            for name in dict.fromkeys([self.loss, *self.measures])
-        }
-
-    def after_evaluation(
-        self, state: supervised.TrainState, means: Mapping
-    ) -> tuple[supervised.TrainState, jax.Array]:
-        """The plateau schedule; see `loop.Task`."""
-        return supervised.after_evaluation(state, means[self.monitor], self.optimizer)
-
     # What the runner calls besides.
-
-    def check_contracts(self, state: supervised.TrainState, batch: Mapping) -> None:
-        """Checks on a corner of a batch that order and padding change nothing.
-
-        Raises:
-          AssertionError: naming the contract and the worst element.
-        """
-        check_contracts(self.model, state.variables, batch["inputs"])
-
-    @property
-    def element_encoder(self) -> nn.Module:
-        """The network of one element, φ."""
-        return element_encoder(self.model)
 
     def report(
         self, state: supervised.TrainState, workdir: Path, seed: int

@@ -19,7 +19,7 @@ from experiments.tasks import supervised
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
+class Classification(supervised.SupervisedTask):
     """Learns class logits from labelled examples by cross-entropy.
 
     Attributes:
@@ -117,12 +117,6 @@ class Classification:
         batch = self._gather(arrays[split], jnp.minimum(position, size - 1))
         return batch | {"mask": position < size}
 
-    def prepare_evaluation(
-        self, state: supervised.TrainState, split: str, arrays: Mapping
-    ) -> supervised.TrainState:
-        """The state; see `loop.Task`."""
-        return state
-
     def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:
         """Cross-entropy and accuracy; see `loop.Task`."""
         logits = self.model.apply(state.variables, batch["inputs"])
@@ -131,12 +125,6 @@ class Classification:
             "cross_entropy": metrics.masked(_cross_entropy(logits, labels), mask),
             "accuracy": metrics.masked(_correct(logits, labels), mask),
         }
-
-    def after_evaluation(
-        self, state: supervised.TrainState, means: Mapping
-    ) -> tuple[supervised.TrainState, jax.Array]:
-        """The plateau schedule; see `loop.Task`."""
-        return supervised.after_evaluation(state, means[self.monitor], self.optimizer)
 
     def posteriors(self, state: supervised.TrainState, split: str) -> np.ndarray:
         """Class probabilities of every example of a split, in order, [n, K]."""

@@ -142,7 +142,7 @@ class LabelledQuantification(Quantification):
             labels = jnp.broadcast_to(batch["labels"], logits.shape[:-1])
             entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             taught = _taught(batch["fold"], len(logits))
-            values = self._measure(self.loss)(batch["prevalence"], estimate)
+            values = self.measure(self.loss)(batch["prevalence"], estimate)
             total = (entropy * taught).sum() / len(batch["labels"])
             total += self.bag_weight * values.mean()
             return total, (

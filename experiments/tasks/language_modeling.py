@@ -23,7 +23,7 @@ from experiments.tasks.sequence_prediction import answers
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModeling:
+class LanguageModeling(supervised.SupervisedTask):
     """Learns which token follows, by cross-entropy.
 
     With `carry_state` (recurrent networks) each row of a batch reads its own part of
@@ -202,12 +202,6 @@ class LanguageModeling:
             "bits_per_token": metrics.masked(values / math.log(2), counted),
             "accuracy": metrics.masked(logits.argmax(-1) == batch["targets"], counted),
         }
-
-    def after_evaluation(
-        self, state: supervised.TrainState, means: Mapping
-    ) -> tuple[supervised.TrainState, jax.Array]:
-        """The plateau schedule; see `loop.Task`."""
-        return supervised.after_evaluation(state, means[self.monitor], self.optimizer)
 
     # What the runner calls besides.
 

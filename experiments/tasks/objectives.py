@@ -4,10 +4,108 @@ An objective is a public function of a module, `f(prediction, batch) -> {measure
 values}`.
 """
 
+import functools
 import inspect
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import metrics
+from experiments.tasks import supervised
+
+
+class ObjectiveTask(supervised.SupervisedTask):
+    """Learns what an objective measures of the model's predictions.
+
+    A task has the fields `model`, `dataset`, `optimizer`, `training` and `objective`,
+    says in `objectives` which module has its objectives and in `second_input` what the
+    model is given besides "inputs", and makes the prediction what objectives read.
+    """
+
+    objectives: ModuleType
+    second_input: str
+
+    def read(self, prediction: Any) -> Any:
+        """What objectives read of a prediction."""
+        return prediction
+
+    @property
+    def arrays(self) -> Mapping[str, Any]:
+        """The dataset's."""
+        return self.dataset.arrays
+
+    @functools.cached_property
+    def monitor(self) -> str:
+        """The validation measure that decides: the loss, the objective's first."""
+        names: list[str] = []
+
+        def trace(arrays):
+            batch = self.sample(jax.random.key(0), jnp.int32(0), arrays)
+            prediction, _ = self.model.init_with_output(
+                jax.random.key(0), *self.arguments(batch)
+            )
+            names.extend(self.measure(prediction, batch))
+
+        jax.eval_shape(trace, self.arrays)
+        return names[0]
+
+    def arguments(self, batch: Mapping) -> tuple[jax.Array, jax.Array]:
+        """What the model is given."""
+        return batch["inputs"], batch[self.second_input]
+
+    def measure(self, prediction: Any, batch: Mapping) -> dict:
+        """{measure: (values, mask or None)}, the loss first, in float32."""
+        prediction = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float32), self.read(prediction)
+        )
+        measured = getattr(self.objectives, self.objective)(prediction, batch)
+        return {
+            key: values if isinstance(values, tuple) else (values, None)
+            for key, values in measured.items()
+        }
+
+    def init(self, key: jax.Array, batch: Mapping) -> supervised.TrainState:
+        """The first state; see `loop.Task`."""
+        prediction, variables = self.model.init_with_output(key, *self.arguments(batch))
+        # Raises where the prediction is not what the objective needs.
+        jax.eval_shape(self.measure, prediction, batch)
+        return supervised.init_state(variables, self.optimizer, self.training.num_steps)
+
+    def train_step(
+        self, state: supervised.TrainState, batch: Mapping, key: jax.Array
+    ) -> tuple[supervised.TrainState, dict]:
+        """One update; see `loop.Task`."""
+
+        def loss(params, model_state):
+            prediction, model_state = self.model.apply(
+                {"params": params, **model_state},
+                *self.arguments(batch),
+                train=True,
+                rngs={"dropout": key},
+                mutable=list(model_state),
+            )
+            measured = {
+                name: metrics.masked(*values)
+                for name, values in self.measure(prediction, batch).items()
+            }
+            total, count = next(iter(measured.values()))
+            return total / jnp.maximum(count, 1), (measured, model_state)
+
+        return supervised.update(state, loss, self.optimizer, self.training.num_steps)
+
+    def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:
+        """The objective's measures, averaged over what is counted."""
+        prediction = self.model.apply(state.variables, *self.arguments(batch))
+        sums = {}
+        for name, (values, mask) in self.measure(prediction, batch).items():
+            counted = batch["counted"].reshape(-1, *(1,) * (values.ndim - 1))
+            sums[name] = metrics.masked(
+                values, counted if mask is None else counted & mask
+            )
+        return sums
 
 
 def check(module: ModuleType, name: str) -> None:
@@ -21,12 +119,3 @@ def check(module: ModuleType, name: str) -> None:
     ]
     if name not in known:
         raise ValueError(f"objective must be one of {', '.join(known)}, not {name!r}")
-
-
-def measure(module: ModuleType, name: str, prediction: Any, batch: Mapping) -> dict:
-    """What it measures, {measure: (values, mask or None)}, the loss first."""
-    measured = getattr(module, name)(prediction, batch)
-    return {
-        key: values if isinstance(values, tuple) else (values, None)
-        for key, values in measured.items()
-    }

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from archs import MLP, DeepSets, GMNet, HistNetQ, contracts
 from archs import quantification as measures_of
+from experiments import metrics
+from experiments.tasks import supervised
 
 
 def measure(name: str, bag_size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
@@ -110,30 +112,66 @@ def estimate_in_training(
     return estimate, added, collections
 
 
-def check_contracts(model: nn.Module, variables: Mapping, inputs: jax.Array) -> None:
-    """Checks on a corner of a batch that order and padding change nothing.
+class PrevalenceTask(supervised.SupervisedTask):
+    """What the tasks share that learn the prevalences of bags.
 
-    Args:
-      model: a set network.
-      variables: its parameters.
-      inputs: [bag, element, *features].
-
-    Raises:
-      AssertionError: naming the contract and the worst element.
+    They have fields `model`, `dataset`, `optimizer`, `training`, `loss`, `measures` and
+    `num_bags`, and `bag_size_of_measures`, by which measures smooth.
     """
-    elements = inputs[:32].reshape(-1, *inputs.shape[2:])
-    corner = elements[: len(elements) // 2 * 2][:32]
-    corner = corner.reshape(2, -1, *corner.shape[1:])  # two bags
 
-    @jax.jit
-    def apply(inputs: jax.Array, mask: jax.Array | None) -> Any:
-        return model.apply(variables, inputs, mask)
+    @property
+    def monitor(self) -> str:
+        """The validation measure that decides: the loss."""
+        return self.loss
 
-    contracts.assert_permutation_invariant(apply, corner, key=jax.random.key(0))
-    contracts.assert_padding_invariant(apply, corner)
+    def measure(self, name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """The measure of that name at this task's size of bags."""
+        return measure(name, self.bag_size_of_measures)
 
+    def init(self, key: jax.Array, batch: Mapping) -> supervised.TrainState:
+        """The first state; see `loop.Task`."""
+        inputs = batch["inputs"]
+        variables = self.model.init(key, inputs)
+        estimate = jax.eval_shape(self.model.apply, variables, inputs)
+        expected = (self.num_bags, self.dataset.spec.num_classes)
+        if estimate.shape != expected:
+            raise ValueError(
+                f"the model must return prevalences of shape {expected} (bags, "
+                f"classes), not {estimate.shape}"
+            )
+        return supervised.init_state(variables, self.optimizer, self.training.num_steps)
 
-def element_encoder(model: nn.Module) -> nn.Module:
-    """The network of one element, φ; one layer for models that do without."""
-    found = getattr(model, "encoder", None) or getattr(model, "phi", None)
-    return MLP((), 128) if found is None else found
+    def eval_step(self, prepared: Any, batch: Mapping) -> dict:
+        """The loss and the measures, averaged over bags."""
+        estimate = self.estimate(prepared, batch)
+        return {
+            name: metrics.masked(
+                self.measure(name)(batch["prevalence"], estimate), batch["mask"]
+            )
+            for name in dict.fromkeys([self.loss, *self.measures])
+        }
+
+    def check_contracts(self, state: supervised.TrainState, batch: Mapping) -> None:
+        """Checks on a corner of a batch that order and padding change nothing.
+
+        Raises:
+          AssertionError: naming the contract and the worst element.
+        """
+        inputs = batch["inputs"]  # [bag, element, *features]
+        elements = inputs[:32].reshape(-1, *inputs.shape[2:])
+        corner = elements[: len(elements) // 2 * 2][:32]
+        corner = corner.reshape(2, -1, *corner.shape[1:])  # two bags
+
+        @jax.jit
+        def apply(inputs: jax.Array, mask: jax.Array | None) -> Any:
+            return self.model.apply(state.variables, inputs, mask)
+
+        contracts.assert_permutation_invariant(apply, corner, key=jax.random.key(0))
+        contracts.assert_padding_invariant(apply, corner)
+
+    @property
+    def element_encoder(self) -> nn.Module:
+        """The network of one element, φ; one layer for models that do without."""
+        model = self.model
+        found = getattr(model, "encoder", None) or getattr(model, "phi", None)
+        return MLP((), 128) if found is None else found

@@ -1,7 +1,7 @@
 """Quantification: learning the class prevalences of bags of examples."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import flax.linen as nn
@@ -24,11 +24,9 @@ from experiments.optimizers import Optimizer
 from experiments.report import Section
 from experiments.tasks import quantification_report, supervised
 from experiments.tasks.prevalence import (
-    check_contracts,
+    PrevalenceTask,
     check_set_network,
-    element_encoder,
     estimate_in_training,
-    measure,
     pools_linearly,
 )
 
@@ -41,7 +39,7 @@ ENCODING_CHUNK = 2000
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantification:
+class Quantification(PrevalenceTask):
     """Learns prevalences from bags drawn from labelled examples.
 
     A bag's prevalences follow `protocol`; its label is the exact prevalence of the
@@ -135,7 +133,7 @@ class Quantification:
         if self.mixed_bags < 0:
             raise ValueError(f"mixed_bags must be 0 or more, not {self.mixed_bags}")
         for name in (self.loss, *self.measures):
-            self._measure(name)
+            self.measure(name)
         if self.mixed_bags and self.bag_size > 1 and not pools_linearly(self.model):
             raise ValueError(
                 "mixed_bags: bags of several examples are mixed in representation "
@@ -175,11 +173,6 @@ class Quantification:
             arrays[split]["labels"] = jnp.asarray(values["labels"])
 
     @property
-    def monitor(self) -> str:
-        """The validation measure that decides: the loss."""
-        return self.loss
-
-    @property
     def natural_prevalence(self) -> np.ndarray:
         """Class prevalences of the train split, [K]."""
         labels = self.dataset.splits["train"]["labels"]
@@ -187,23 +180,7 @@ class Quantification:
             labels
         )
 
-    def _measure(self, name: str) -> Callable:
-        return measure(name, self.size_at_evaluation)
-
     # The methods of `loop.Task`.
-
-    def init(self, key: jax.Array, batch: Mapping) -> supervised.TrainState:
-        """The first state; see `loop.Task`."""
-        inputs = batch["inputs"]
-        variables = self.model.init(key, inputs)
-        estimate = jax.eval_shape(self.model.apply, variables, inputs)
-        expected = (self.num_bags, self.dataset.spec.num_classes)
-        if estimate.shape != expected:
-            raise ValueError(
-                f"the model must return prevalences of shape {expected} (bags, "
-                f"classes), not {estimate.shape}"
-            )
-        return supervised.init_state(variables, self.optimizer, self.training.num_steps)
 
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Bags of the train split."""
@@ -284,7 +261,7 @@ class Quantification:
             estimate, added, model_state = estimate_in_training(
                 self.model, params, model_state, batch, key
             )
-            values = self._measure(self.loss)(batch["prevalence"], estimate)
+            values = self.measure(self.loss)(batch["prevalence"], estimate)
             measured = {self.loss: metrics.masked(values)}
             return values.mean() + added, (measured, model_state)
 
@@ -301,6 +278,8 @@ class Quantification:
     def size_at_evaluation(self) -> int:
         """Examples a bag of validation and test."""
         return self.evaluation_bag_size or self.bag_size
+
+    bag_size_of_measures = size_at_evaluation
 
     def prepare_evaluation(
         self, state: supervised.TrainState, split: str, arrays: Mapping
@@ -332,44 +311,15 @@ class Quantification:
             "mask": number < self._num_evaluation_bags(split),
         }
 
-    def estimate(self, prepared: tuple, indices: jax.Array) -> jax.Array:
-        """The model's prevalences of bags [bag, element] of prepared examples."""
+    def estimate(self, prepared: tuple, batch: Mapping) -> jax.Array:
+        """The model's prevalences of an evaluation's batch of examples, [bag, K]."""
         state, features = prepared
         representation = self.model.apply(
-            state.variables, features[indices], method="aggregate"
+            state.variables, features[batch["indices"]], method="aggregate"
         )
         return self.model.apply(state.variables, representation, method="decode")
 
-    def eval_step(self, prepared: tuple, batch: Mapping) -> dict:
-        """The loss and the measures, averaged over bags."""
-        estimate = self.estimate(prepared, batch["indices"])
-        return {
-            name: metrics.masked(
-                self._measure(name)(batch["prevalence"], estimate), batch["mask"]
-            )
-            for name in dict.fromkeys([self.loss, *self.measures])
-        }
-
-    def after_evaluation(
-        self, state: supervised.TrainState, means: Mapping
-    ) -> tuple[supervised.TrainState, jax.Array]:
-        """The plateau schedule; see `loop.Task`."""
-        return supervised.after_evaluation(state, means[self.monitor], self.optimizer)
-
     # What the runner calls besides.
-
-    def check_contracts(self, state: supervised.TrainState, batch: Mapping) -> None:
-        """Checks on a corner of a batch that order and padding change nothing.
-
-        Raises:
-          AssertionError: naming the contract and the worst element.
-        """
-        check_contracts(self.model, state.variables, batch["inputs"])
-
-    @property
-    def element_encoder(self) -> nn.Module:
-        """The network of one element, φ."""
-        return element_encoder(self.model)
 
     def report(
         self, state: supervised.TrainState, workdir: Path, seed: int
@@ -393,7 +343,7 @@ class Quantification:
         @jax.jit
         def bags(prepared, arrays, index):
             batch = self.eval_batch(split, index, arrays)
-            estimate = self.estimate(prepared, batch["indices"])
+            estimate = self.estimate(prepared, batch)
             return batch["indices"], batch["prevalence"], estimate
 
         batches = [

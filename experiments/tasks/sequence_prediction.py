@@ -1,7 +1,6 @@
 """Sequence prediction: one answer a sequence (M to 1), or one a step (M to M)."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from archs import contracts
-from experiments import metrics
 from experiments.loop import Training
 from experiments.optimizers import Optimizer
 from experiments.report import Section
@@ -32,7 +30,7 @@ from experiments.tasks.sequence_batches import (
 
 
 @dataclasses.dataclass(frozen=True)
-class SequencePrediction:
+class SequencePrediction(objectives.ObjectiveTask):
     """Learns what a dataset asks about its sequences.
 
     Stored sequences come in batches of similar length, so that little is computed for
@@ -65,6 +63,9 @@ class SequencePrediction:
     test_sequences: int = 10_000
     evaluation_batch: int = 100
 
+    objectives = sequence_objectives
+    second_input = "lengths"
+
     def __post_init__(self):
         supervised.check_positive(
             self,
@@ -81,41 +82,11 @@ class SequencePrediction:
                 "stack reads; set config.model.stack.bidirectional=False"
             )
 
-    @property
-    def arrays(self) -> Mapping[str, Any]:
-        """The dataset's."""
-        return self.dataset.arrays
-
-    @functools.cached_property
-    def monitor(self) -> str:
-        """The validation measure that decides: the loss, the objective's first."""
-        names: list[str] = []
-
-        def trace(arrays):
-            batch = self.sample(jax.random.key(0), jnp.int32(0), arrays)
-            prediction, _ = self.model.init_with_output(
-                jax.random.key(0), batch["inputs"], batch["lengths"]
-            )
-            names.extend(self._measure(prediction, batch))
-
-        jax.eval_shape(trace, self.arrays)
-        return names[0]
-
-    def _measure(self, prediction: Any, batch: Mapping) -> dict:
-        """{measure: (values, mask or None)}, the loss first."""
-        answer = answers(prediction).astype(jnp.float32)
-        return objectives.measure(sequence_objectives, self.objective, answer, batch)
+    def read(self, prediction: Any) -> jax.Array:
+        """The answers, without final states."""
+        return answers(prediction)
 
     # The methods of `loop.Task`.
-
-    def init(self, key: jax.Array, batch: Mapping) -> supervised.TrainState:
-        """The first state; see `loop.Task`."""
-        prediction, variables = self.model.init_with_output(
-            key, batch["inputs"], batch["lengths"]
-        )
-        # Raises where the prediction is not what the objective needs.
-        jax.eval_shape(self._measure, prediction, batch)
-        return supervised.init_state(variables, self.optimizer, self.training.num_steps)
 
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Sequences of the train split."""
@@ -125,28 +96,7 @@ class SequencePrediction:
         self, state: supervised.TrainState, batch: Mapping, key: jax.Array
     ) -> tuple[supervised.TrainState, dict]:
         """One update; see `loop.Task`."""
-
-        def step(state, batch, key):
-            def loss(params, model_state):
-                prediction, model_state = self.model.apply(
-                    {"params": params, **model_state},
-                    batch["inputs"],
-                    batch["lengths"],
-                    train=True,
-                    rngs={"dropout": key},
-                    mutable=list(model_state),
-                )
-                measured = {
-                    name: metrics.masked(*values)
-                    for name, values in self._measure(prediction, batch).items()
-                }
-                total, count = next(iter(measured.values()))
-                return total / jnp.maximum(count, 1), (measured, model_state)
-
-            return supervised.update(
-                state, loss, self.optimizer, self.training.num_steps
-            )
-
+        step = super().train_step
         return at_bucket_length(self.dataset, step, state, batch, key)
 
     def num_eval_batches(self, split: str) -> int:
@@ -157,12 +107,6 @@ class SequencePrediction:
         asked = {"validation": self.validation_sequences, "test": self.test_sequences}
         return evaluation_size(self.dataset, split, asked[split])
 
-    def prepare_evaluation(
-        self, state: supervised.TrainState, split: str, arrays: Mapping
-    ) -> supervised.TrainState:
-        """The state; see `loop.Task`."""
-        return state
-
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Sequences of a split; "counted" leaves out those beyond its number."""
         size = self._num_evaluation_sequences(split)
@@ -172,26 +116,7 @@ class SequencePrediction:
 
     def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:
         """The objective's measures, averaged over sequences or steps."""
-
-        def step(state, batch):
-            prediction = self.model.apply(
-                state.variables, batch["inputs"], batch["lengths"]
-            )
-            sums = {}
-            for name, (values, mask) in self._measure(prediction, batch).items():
-                counted = batch["counted"].reshape(-1, *(1,) * (values.ndim - 1))
-                sums[name] = metrics.masked(
-                    values, counted if mask is None else counted & mask
-                )
-            return sums
-
-        return at_bucket_length(self.dataset, step, state, batch)
-
-    def after_evaluation(
-        self, state: supervised.TrainState, means: Mapping
-    ) -> tuple[supervised.TrainState, jax.Array]:
-        """The plateau schedule; see `loop.Task`."""
-        return supervised.after_evaluation(state, means[self.monitor], self.optimizer)
+        return at_bucket_length(self.dataset, super().eval_step, state, batch)
 
     # What the runner calls besides.
 
@@ -233,7 +158,7 @@ class SequencePrediction:
                 self.model.apply(state.variables, batch["inputs"], batch["lengths"])
             )
             measures = {}
-            for name, (values, mask) in self._measure(prediction, batch).items():
+            for name, (values, mask) in self.measure(prediction, batch).items():
                 if mask is not None:
                     total = jnp.where(mask, values, 0).sum(1)
                     values = total / jnp.where(mask.any(1), mask.sum(1), jnp.nan)

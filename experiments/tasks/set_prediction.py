@@ -1,7 +1,6 @@
 """Set prediction: learning a function of generated sets."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +12,6 @@ import numpy as np
 
 import data
 from archs import contracts
-from experiments import metrics
 from experiments.loop import Training
 from experiments.optimizers import Optimizer
 from experiments.report import Section
@@ -60,7 +58,7 @@ class SetDataset(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class SetPrediction:
+class SetPrediction(objectives.ObjectiveTask):
     """Learns what a dataset asks about its sets.
 
     Every step sees sets never seen before; those of validation and test are fixed.
@@ -88,74 +86,19 @@ class SetPrediction:
     test_sets: int = 10_000
     evaluation_batch: int = 100
 
+    objectives = set_objectives
+    second_input = "mask"
+
     def __post_init__(self):
         supervised.check_positive(
             self, "num_sets", "validation_sets", "test_sets", "evaluation_batch"
         )
         objectives.check(set_objectives, self.objective)
 
-    @property
-    def arrays(self) -> Mapping[str, Any]:
-        """What the dataset makes its sets from."""
-        return self.dataset.arrays
-
-    @functools.cached_property
-    def monitor(self) -> str:
-        """The validation measure that decides: the loss, the objective's first."""
-        names: list[str] = []
-
-        def trace(arrays):
-            batch = self.sample(jax.random.key(0), jnp.int32(0), arrays)
-            prediction, _ = self.model.init_with_output(
-                jax.random.key(0), batch["inputs"], batch["mask"]
-            )
-            names.extend(self._measure(prediction, batch))
-
-        jax.eval_shape(trace, self.arrays)
-        return names[0]
-
-    def _measure(self, prediction: Any, batch: Mapping) -> dict:
-        """{measure: (values, mask or None)}, the loss first."""
-        prediction = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), prediction)
-        return objectives.measure(set_objectives, self.objective, prediction, batch)
-
-    # The methods of `loop.Task`.
-
-    def init(self, key: jax.Array, batch: Mapping) -> supervised.TrainState:
-        """The first state; see `loop.Task`."""
-        inputs, mask = batch["inputs"], batch["mask"]
-        prediction, variables = self.model.init_with_output(key, inputs, mask)
-        # Raises where the prediction is not what the objective needs.
-        jax.eval_shape(self._measure, prediction, batch)
-        return supervised.init_state(variables, self.optimizer, self.training.num_steps)
-
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Sets of the train split."""
         key = jax.random.fold_in(key, step)
         return self.dataset.sample(key, self.num_sets, "train", arrays)
-
-    def train_step(
-        self, state: supervised.TrainState, batch: Mapping, key: jax.Array
-    ) -> tuple[supervised.TrainState, dict]:
-        """One update; see `loop.Task`."""
-
-        def loss(params, model_state):
-            prediction, model_state = self.model.apply(
-                {"params": params, **model_state},
-                batch["inputs"],
-                batch["mask"],
-                train=True,
-                rngs={"dropout": key},
-                mutable=list(model_state),
-            )
-            measured = {
-                name: metrics.masked(*values)
-                for name, values in self._measure(prediction, batch).items()
-            }
-            total, count = next(iter(measured.values()))
-            return total / jnp.maximum(count, 1), (measured, model_state)
-
-        return supervised.update(state, loss, self.optimizer, self.training.num_steps)
 
     def num_eval_batches(self, split: str) -> int:
         """Batches of `evaluation_batch` sets."""
@@ -163,12 +106,6 @@ class SetPrediction:
 
     def _num_evaluation_sets(self, split: str) -> int:
         return self.validation_sets if split == "validation" else self.test_sets
-
-    def prepare_evaluation(
-        self, state: supervised.TrainState, split: str, arrays: Mapping
-    ) -> supervised.TrainState:
-        """The state; see `loop.Task`."""
-        return state
 
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Sets of a split; "counted" leaves out those beyond the number asked for."""
@@ -180,23 +117,6 @@ class SetPrediction:
         else:
             batch = self.dataset.sample(key, self.evaluation_batch, split, arrays)
         return batch | {"counted": number < self._num_evaluation_sets(split)}
-
-    def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:
-        """The objective's measures, averaged over sets."""
-        prediction = self.model.apply(state.variables, batch["inputs"], batch["mask"])
-        sums = {}
-        for name, (values, mask) in self._measure(prediction, batch).items():
-            counted = batch["counted"].reshape(-1, *(1,) * (values.ndim - 1))
-            sums[name] = metrics.masked(
-                values, counted if mask is None else counted & mask
-            )
-        return sums
-
-    def after_evaluation(
-        self, state: supervised.TrainState, means: Mapping
-    ) -> tuple[supervised.TrainState, jax.Array]:
-        """The plateau schedule; see `loop.Task`."""
-        return supervised.after_evaluation(state, means[self.monitor], self.optimizer)
 
     # What the runner calls besides.
 
@@ -257,7 +177,7 @@ class SetPrediction:
             )
             measures = {
                 name: values if mask is None else jnp.where(mask, values, jnp.nan)
-                for name, (values, mask) in self._measure(prediction, batch).items()
+                for name, (values, mask) in self.measure(prediction, batch).items()
             }
             return batch | {"prediction": prediction}, measures
 

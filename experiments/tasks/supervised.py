@@ -1,6 +1,6 @@
-"""The state and the update that tasks with one model and one optimizer share."""
+"""What tasks with one model and one optimizer share: state, update, schedule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax
@@ -133,3 +133,19 @@ def after_evaluation(
     rate = optimizer.learning_rate * plateau.scale
     exhausted = rate < optimizer.end_learning_rate
     return state.replace(plateau=plateau), exhausted
+
+
+class SupervisedTask:
+    """What all tasks with one model and one optimizer share of `loop.Task`."""
+
+    def prepare_evaluation(
+        self, state: TrainState, split: str, arrays: Mapping
+    ) -> TrainState:
+        """The state; see `loop.Task`."""
+        return state
+
+    def after_evaluation(
+        self, state: TrainState, means: Mapping
+    ) -> tuple[TrainState, jax.Array]:
+        """The plateau schedule; see `loop.Task`."""
+        return after_evaluation(state, means[self.monitor], self.optimizer)

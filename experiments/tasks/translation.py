@@ -29,7 +29,7 @@ from experiments.tasks.sequence_batches import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Translation:
+class Translation(supervised.SupervisedTask):
     """Learns to write a target for a source, token by token, by cross-entropy.
 
     In training the decoder reads the true target, one token behind (teacher forcing).
@@ -155,12 +155,6 @@ class Translation:
         asked = {"validation": self.validation_pairs, "test": self.test_pairs}
         return evaluation_size(self.dataset, split, asked[split])
 
-    def prepare_evaluation(
-        self, state: supervised.TrainState, split: str, arrays: Mapping
-    ) -> supervised.TrainState:
-        """The state; see `loop.Task`."""
-        return state
-
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Pairs of a split; "counted" leaves out those beyond its number."""
         size = self.num_pairs_of(split)
@@ -177,12 +171,6 @@ class Translation:
             return _measures(logits, targets, batch["counted"][:, None] & mask)
 
         return at_bucket_length(self.dataset, step, state, batch)
-
-    def after_evaluation(
-        self, state: supervised.TrainState, means: Mapping
-    ) -> tuple[supervised.TrainState, jax.Array]:
-        """The plateau schedule; see `loop.Task`."""
-        return supervised.after_evaluation(state, means[self.monitor], self.optimizer)
 
     # What the runner calls besides.
 
