@@ -245,6 +245,20 @@ def test_sentences_have_the_class_of_their_file(opinions):
 FIELDS = ("inputs", "lengths", "targets")
 
 
+def test_sentences_are_labelled_examples(opinions):
+    _, folder = opinions
+    dataset = data.MovieSentences(source_dir=folder, min_bucket_size=8)
+    for split, size in dataset.spec.sizes.items():
+        examples, arrays = dataset.splits[split], dataset.arrays[split]
+        assert examples["inputs"].shape == (size, *dataset.spec.feature_shape)
+        width = arrays["inputs"].shape[1]
+        np.testing.assert_array_equal(examples["inputs"][:, :width], arrays["inputs"])
+        assert not examples["inputs"][:, width:].any()
+        np.testing.assert_array_equal(examples["labels"], arrays["targets"])
+        ids = data.normalize(examples["inputs"], dataset.shift, dataset.scale)
+        np.testing.assert_array_equal(ids, examples["inputs"])
+
+
 def test_words_that_come_once_are_unknown(opinions):
     _, folder = opinions
     dataset = data.MovieSentences(source_dir=folder, min_bucket_size=8)

@@ -204,3 +204,24 @@ def test_a_text_that_is_not_there_is_a_sentence(refused, tmp_path):
         f"--config.dataset.path={tmp_path}/none.txt",
     )
     assert "none.txt" in message
+
+
+@pytest.mark.parametrize("model", ["histnetq", "emqnet"])
+def test_prevalences_of_sentences(model, main, originals, tmp_path):
+    measured, report = run(
+        main,
+        tmp_path,
+        f"quantify.py:{model}_sentences",
+        *SHORT,
+        f"--config.dataset.source_dir={originals}",
+        "--config.dataset.min_bucket_size=8",
+        "--config.model.encoder.network.stack.cell.hidden_size=4",
+        "--config.task.num_bags=8",
+        "--config.task.mixed_bags=2",
+        "--config.task.evaluation_bag_size=5",
+        "--config.task.validation_bags=4",
+        "--config.task.test_bags=4",
+        "--config.task.baseline_steps=4",
+    )
+    assert set(measured) == {"absolute_error", "relative_absolute_error"}
+    assert "EMQ" in report
