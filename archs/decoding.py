@@ -8,8 +8,7 @@ max_length tokens.
 
     model.apply(variables, cache, tokens, method="decode_step")
 
-With a beam of one, `beam_search` is `greedy`. A wider beam finds better sequences on
-the whole, though not in every case: it may drop the greedy one half way.
+With a beam of one, `beam_search` is `greedy`, and no beam answers anything worse.
 """
 
 from collections.abc import Callable
@@ -129,8 +128,9 @@ def beam_search(
 
         log p / ((5 + length) / 6)^length_penalty
 
-    (Wu et al. 2016, arXiv 1609.08144). A beam as large as the number of sequences is an
-    exhaustive search.
+    (Wu et al. 2016, arXiv 1609.08144). The greedy sequence, which may be overtaken
+    half way by others that end worse, always keeps a place: the best sequence never
+    scores below it. A beam as large as the number of sequences is an exhaustive search.
 
     Args:
       step, cache, first_tokens, max_length, eos: see `greedy`.
@@ -157,7 +157,7 @@ def beam_search(
         return log_probabilities / ((5 + lengths) / 6) ** length_penalty
 
     def advance(state):
-        i, cache, last, tokens, lengths, log_p, ended = state
+        i, cache, last, tokens, lengths, log_p, ended, greedy_place = state
         logits, cache = step(cache, rows(last))
         gains = jax.nn.log_softmax(logits.astype(jnp.float32))
         size = gains.shape[-1]
@@ -168,6 +168,7 @@ def beam_search(
         grown = lengths + ~ended
         scores = score(totals, grown[..., None])
         _, best = jax.lax.top_k(scores.reshape(batch, -1), beam_size)
+        best, greedy_place = keep_greedy(best, gains, greedy_place)
         parent, token = best // size, (best % size).astype(jnp.int32)
 
         def inherit(x: jax.Array) -> jax.Array:  # of [batch, beam, ...]
@@ -180,10 +181,22 @@ def beam_search(
         log_p = jnp.take_along_axis(totals.reshape(batch, -1), best, axis=1)
         tokens = inherit(tokens).at[:, :, i].set(token)
         ended = inherit(ended) | (token == eos)
-        return i + 1, cache, token, tokens, inherit(grown), log_p, ended
+        lengths = inherit(grown)
+        return i + 1, cache, token, tokens, lengths, log_p, ended, greedy_place
+
+    def keep_greedy(best, gains, place):
+        """Gives the greedy sequence the last place where it has none."""
+        size = gains.shape[-1]
+        of_greedy = jnp.take_along_axis(gains, place[:, None, None], axis=1)[:, 0]
+        continuation = place * size + jnp.argmax(of_greedy, axis=-1)
+        found = best == continuation[:, None]  # [batch, beam]
+        missing = ~found.any(1)
+        last = jnp.arange(beam_size) == beam_size - 1
+        best = jnp.where(missing[:, None] & last, continuation[:, None], best)
+        return best, jnp.where(missing, beam_size - 1, jnp.argmax(found, axis=1))
 
     def unfinished(state):
-        i, *_, ended = state
+        i, *_, ended, _ = state
         return (i < max_length) & ~jnp.all(ended)
 
     # All of the beam are the same at first: one of them counts.
@@ -196,9 +209,15 @@ def beam_search(
         jnp.zeros(shape, jnp.int32),
         jnp.broadcast_to(log_p, shape),
         jnp.zeros(shape, bool),
+        jnp.zeros(batch, jnp.int32),
     )
-    *_, tokens, lengths, log_p, _ = jax.lax.while_loop(unfinished, advance, state)
-    return tokens, lengths, log_p
+    *_, tokens, lengths, log_p, _, _ = jax.lax.while_loop(unfinished, advance, state)
+    order = jnp.argsort(-score(log_p, lengths), axis=1)
+    return (
+        jnp.take_along_axis(tokens, order[..., None], axis=1),
+        jnp.take_along_axis(lengths, order, axis=1),
+        jnp.take_along_axis(log_p, order, axis=1),
+    )
 
 
 def _generate(step, cache, first_tokens, max_length, eos, choose):
