@@ -16,6 +16,7 @@ import queue
 import shutil
 import threading
 import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,14 @@ import tensorflow_datasets as tfds
 from data.datasets import DataError
 
 DEBIAN = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
+# Of what an example of published files has, by type.
+_FEATURES = {
+    str: tfds.features.Text,
+    int: lambda: tfds.features.Scalar(np.int32),
+    np.ndarray: lambda: tfds.features.Tensor(
+        shape=(None, None), dtype=np.uint8, encoding="zlib"
+    ),
+}
 _SPLIT_PREFIXES = {"train": "train", "test": "t10k"}
 
 
@@ -211,6 +220,114 @@ class Archs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield i, {"inputs": example, "label": int(label)}
 
 
+def published(
+    name: str,
+    data_dir: Path,
+    example: Mapping[str, type],
+    make: Callable[[], tuple[Mapping[str, Sequence[dict]], str]],
+) -> tuple[dict[str, list[dict]], str]:
+    """Examples of published files, prepared in `data_dir` at the first call.
+
+    Args:
+        name: of the folder; other contents must have another name.
+        data_dir: where prepared datasets are kept.
+        example: what an example has, see `originals.examples`.
+        make: gives {split: examples}, and where they are from.
+
+    Returns:
+        {split: examples} in their order, and where they are from.
+
+    Raises:
+        DataError: `data_dir` cannot be written, or what is there is damaged.
+    """
+
+    builder = _published(name, data_dir, example)
+    if not builder.data_path.exists():
+        with _writing(name, data_dir), _lock(data_dir / "locks" / name):
+            # Another process may have done it while this one waited.
+            if not builder.data_path.exists():
+                splits, source = make()
+                _write(_published(name, data_dir, example, splits), source)
+        builder = _published(name, data_dir, example)
+    splits = {split: read_split(builder, split) for split in builder.info.splits}
+    for row in (row for rows in splits.values() for row in rows):
+        row.update(
+            {key: row[key].decode() for key, kind in example.items() if kind is str}
+        )
+    return splits, builder.info.metadata["source"]
+
+
+def _published(
+    name: str,
+    data_dir: Path,
+    example: Mapping[str, type],
+    splits: Mapping[str, Sequence[dict]] | None = None,
+) -> tfds.core.DatasetBuilder:
+    """The builder of a dataset of published files, which writes `splits`."""
+
+    class Published(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {key: _FEATURES[kind]() for key, kind in example.items()}
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,  # the published order
+                metadata=tfds.core.MetadataDict(),
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: enumerate(rows) for split, rows in splits.items()}
+
+        def _generate_examples(self):
+            raise NotImplementedError("the splits hold their examples")
+
+    Published.name = name
+    return Published(data_dir=data_dir, file_format="array_record")
+
+
+def read_split(builder: tfds.core.DatasetBuilder, split: str) -> list[dict]:
+    """All examples of a split, in the order they were stored.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    try:
+        source = builder.as_data_source(split=split)
+        return list(source.__getitems__(range(len(source))))
+    except (OSError, RuntimeError, ValueError, IndexError, NotImplementedError) as e:
+        raise DataError(
+            f"The prepared dataset in {builder.data_path} cannot be read ({e}). It is "
+            "damaged, or not in array_record format: delete the folder and load again."
+        ) from e
+
+
+@contextlib.contextmanager
+def _writing(name: str, data_dir: Path):
+    try:
+        yield
+    except OSError as e:
+        raise DataError(
+            f"{name} cannot be prepared in {data_dir}: {e}. Another folder may be "
+            "given as data_dir."
+        ) from e
+
+
+def _write(builder, source: str, manual_dir: Path | None = None, **metadata) -> None:
+    """Prepares a dataset; call it under the lock."""
+    # Whatever is incomplete belongs to a process that was killed.
+    for leftover in builder.data_path.parent.glob("incomplete.*"):
+        shutil.rmtree(leftover)
+    builder.info.metadata.update(metadata, source=source)
+    tfds.disable_progress_bar()
+    # tfds announces a download here, which this never is.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
+        )
+
+
 def prepared(
     name: str,
     data_dir: Path,
@@ -235,17 +352,12 @@ def prepared(
 
     builder = find(name, data_dir)
     if builder is None:
-        try:
-            with _lock(data_dir / "locks" / name.replace("/", "_")):
-                # Another process may have done it while this one waited.
-                builder = find(name, data_dir)
-                if builder is None:
-                    builder = prepare(name, data_dir, source_dir, download)
-        except OSError as e:
-            raise DataError(
-                f"{name} cannot be prepared in {data_dir}: {e}. Another folder may be "
-                "given as data_dir."
-            ) from e
+        lock = data_dir / "locks" / name.replace("/", "_")
+        with _writing(name, data_dir), _lock(lock):
+            # Another process may have done it while this one waited.
+            builder = find(name, data_dir)
+            if builder is None:
+                builder = prepare(name, data_dir, source_dir, download)
     return builder
 
 
@@ -274,9 +386,6 @@ def _find_own(name, data_dir):
 
 def _prepare_own(name, data_dir, source_dir, download):
     builder = Archs(config=name, data_dir=data_dir, file_format="array_record")
-    # Under the lock, whatever is incomplete belongs to a process that was killed.
-    for leftover in builder.data_path.parent.glob("incomplete.*"):
-        shutil.rmtree(leftover)
     config = builder.builder_config
     if config.md5:
         folder, source = _idx_folder(config, data_dir, source_dir, download)
@@ -284,15 +393,8 @@ def _prepare_own(name, data_dir, source_dir, download):
         import sklearn
 
         folder, source = None, f"embedded in scikit-learn {sklearn.__version__}"
-    builder.info.metadata["source"] = source
-    if config.peak is not None:
-        builder.info.metadata["peak"] = config.peak
-    tfds.disable_progress_bar()
-    # tfds announces a download here, which this never is.
-    with contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(manual_dir=folder)
-        )
+    peak = {} if config.peak is None else {"peak": config.peak}
+    _write(builder, source, folder, **peak)
     return builder
 
 

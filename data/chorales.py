@@ -119,14 +119,20 @@ class Chorales:
 
     @functools.cached_property
     def _read(self) -> tuple[dict[str, list[np.ndarray]], str]:
-        content, source = originals.read(
-            ORIGINALS[self.collection],
+        def parse(contents):
+            pieces = read_piano_rolls(contents[self.collection])
+            return {s: [{"frames": roll} for roll in pieces[s]] for s in pieces}
+
+        pieces, source = originals.examples(
             self._name,
+            {self.collection: ORIGINALS[self.collection]},
+            parse,
+            {"frames": np.ndarray},
             data_dir=self.data_dir,
             source_dir=self.source_dir,
             download=self.download,
         )
-        return read_piano_rolls(content), source
+        return {s: [row["frames"] for row in pieces[s]] for s in pieces}, source
 
     @property
     def spec(self) -> Spec:

@@ -208,14 +208,9 @@ def _supervised_keys(name, info) -> tuple[str, str]:
 
 def _read(builder, split, input_key, label_key) -> dict[str, np.ndarray]:
     """All examples of a split, in the order they were stored."""
-    try:
-        source = builder.as_data_source(split=split)
-        examples = source.__getitems__(range(len(source)))
-    except (OSError, RuntimeError, ValueError, IndexError, NotImplementedError) as e:
-        raise DataError(
-            f"The prepared dataset in {builder.data_path} cannot be read ({e}). It is "
-            "damaged, or not in array_record format: delete the folder and load again."
-        ) from e
+    from data import builders
+
+    examples = builders.read_split(builder, split)
     inputs = [np.asarray(example[input_key]) for example in examples]
     kinds = {(x.shape, x.dtype.name) for x in inputs}
     if len(kinds) != 1 or inputs[0].dtype.kind not in "buif":

@@ -85,27 +85,47 @@ class Multi30k:
     @functools.cached_property
     def _read(self) -> tuple[dict[str, list[tuple[str, str]]], str]:
         """{split: [(English, translation)]} as in the files, and where from."""
-        pairs = {}
-        for split, file in _FILES.items():
-            lines = []
-            for language in ("en", self.target_language):
-                content, source = originals.read(
-                    ORIGINALS[f"{file}.{language}"],
-                    "multi30k",
-                    data_dir=self.data_dir,
-                    source_dir=self.source_dir,
-                    download=self.download,
-                )
-                text = content.decode()
-                text = text.lower() if self.lowercase else text
-                lines.append([line.strip() for line in text.strip("\n").split("\n")])
-            if len(lines[0]) != len(lines[1]):
-                raise DataError(
-                    f"{file}.en has {len(lines[0])} lines, but "
-                    f"{file}.{self.target_language} has {len(lines[1])}."
-                )
-            pairs[split] = list(zip(*lines, strict=True))
+        languages = "en", self.target_language
+        files = [f"{f}.{language}" for f in _FILES.values() for language in languages]
+        splits, source = originals.examples(
+            "multi30k",
+            {file: ORIGINALS[file] for file in files},
+            self._parse,
+            dict.fromkeys(languages, str),
+            data_dir=self.data_dir,
+            source_dir=self.source_dir,
+            download=self.download,
+        )
+
+        pairs = {
+            split: [tuple(row[language] for language in languages) for row in rows]
+            for split, rows in splits.items()
+        }
+        if self.lowercase:
+            pairs = {
+                split: [tuple(map(str.lower, pair)) for pair in rows]
+                for split, rows in pairs.items()
+            }
         return pairs, source
+
+    def _parse(self, contents: dict[str, bytes]) -> dict[str, list[dict]]:
+        languages = "en", self.target_language
+        splits = {}
+        for split, file in _FILES.items():
+            columns = [
+                contents[f"{file}.{language}"].decode().strip("\n").split("\n")
+                for language in languages
+            ]
+            if len(columns[0]) != len(columns[1]):
+                raise DataError(
+                    f"{file}.en has {len(columns[0])} lines, but "
+                    f"{file}.{self.target_language} has {len(columns[1])}."
+                )
+            splits[split] = [
+                {key: line.strip() for key, line in zip(languages, row, strict=True)}
+                for row in zip(*columns, strict=True)
+            ]
+        return splits
 
     @functools.cached_property
     def _subwords(self):

@@ -6,6 +6,7 @@ import hashlib
 import os
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from data.datasets import DataError, _cache_dir
@@ -26,6 +27,57 @@ class Original:
     sha256: str
     url: str
     archive: str = ""
+
+
+def examples(
+    name: str,
+    originals: Mapping[str, Original],
+    parse: Callable[[dict[str, bytes]], Mapping[str, Sequence[dict]]],
+    example: Mapping[str, type],
+    *,
+    data_dir: str | os.PathLike | None = None,
+    source_dir: str | os.PathLike | None = None,
+    download: bool = False,
+) -> tuple[dict[str, list[dict]], str]:
+    """What is in published files, prepared when it is first asked for.
+
+    It is kept by tensorflow-datasets in `data_dir`, in a folder that has the checksums
+    of the files in its name; from then on the files are not needed.
+
+    Args:
+        name: of the dataset.
+        originals: the files it is made of.
+        parse: makes {split: examples} of their contents.
+        example: the types of what an example has: str, int, or np.ndarray for a matrix
+            of uint8.
+        data_dir: see `data.load`.
+        source_dir: see `read`.
+        download: see `read`.
+
+    Returns:
+        {split: examples}, and in words where they are from.
+
+    Raises:
+        DataError: see `read`; or `data_dir` cannot be written.
+    """
+    from data import builders  # tensorflow-datasets is slow to import
+
+    def make():
+        contents = {}
+        for key, original in originals.items():
+            contents[key], source = read(
+                original,
+                name,
+                data_dir=data_dir,
+                source_dir=source_dir,
+                download=download,
+            )
+        return parse(contents), source
+
+    checksums = "".join(original.sha256 for original in originals.values())
+    digest = hashlib.sha256(checksums.encode()).hexdigest()[:16]
+    folder = f"archs_{name}_{digest}"
+    return builders.published(folder, _cache_dir(data_dir), example, make)
 
 
 def read(

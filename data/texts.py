@@ -66,14 +66,16 @@ class TinyShakespeare:
 
     @functools.cached_property
     def _texts(self) -> tuple[dict[str, str], str]:
-        content, source = originals.read(
-            SHAKESPEARE,
+        splits, source = originals.examples(
             "tiny_shakespeare",
+            {"text": SHAKESPEARE},
+            lambda contents: {"train": [{"text": contents["text"].decode()}]},
+            {"text": str},
             data_dir=self.data_dir,
             source_dir=self.source_dir,
             download=self.download,
         )
-        text = content.decode()
+        text = splits["train"][0]["text"]
         test = int(0.9 * len(text))
         validation = round((1 - self.validation_fraction) * test)
         parts = text[:validation], text[validation:test], text[test:]
@@ -348,20 +350,32 @@ class MovieSentences:
     @functools.cached_property
     def _read(self) -> tuple[dict[str, list[tuple[list[str], int]]], str]:
         """{split: [(words, class)]}, and where they are from."""
+        stored, source = originals.examples(
+            "movie_sentences",
+            POLARITIES,
+            self._parse,
+            {"text": str, "label": int},
+            data_dir=self.data_dir,
+            source_dir=self.source_dir,
+            download=self.download,
+        )
         splits: dict[str, list] = {split: [] for split in _SPLITS}
         for label, name in enumerate(self.classes):
-            content, source = originals.read(
-                POLARITIES[name],
-                "movie_sentences",
-                data_dir=self.data_dir,
-                source_dir=self.source_dir,
-                download=self.download,
-            )
-            lines = [line.split() for line in content.decode().splitlines()]
+            rows = [row for row in stored["train"] if row["label"] == label]
+            lines = [row["text"].split() for row in rows]
             parts = _split(self, lines, POLARITIES[name].name)
             for split, part in zip(_SPLITS, parts, strict=True):
                 splits[split] += [(words, label) for words in part]
         return splits, source
+
+    def _parse(self, contents: dict[str, bytes]) -> dict[str, list[dict]]:
+        return {
+            "train": [
+                {"text": line, "label": label}
+                for label, name in enumerate(self.classes)
+                for line in contents[name].decode().splitlines()
+            ]
+        }
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:

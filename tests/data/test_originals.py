@@ -1,8 +1,10 @@
+import dataclasses
 import gzip
 import hashlib
 import io
 import zipfile
 
+import numpy as np
 import pytest
 import requests
 
@@ -108,3 +110,86 @@ def test_no_network_says_what_to_do_instead(tmp_path, monkeypatch):
     monkeypatch.setattr(builders, "_connect", fail)
     with pytest.raises(data.DataError, match="no answer.*Instead, put input.txt"):
         originals.read(FILE, "plays", data_dir=tmp_path, download=True)
+
+
+def parse(contents):
+    text = contents["play"].decode()
+    rows = [
+        {"text": word, "letters": len(word), "matrix": np.full((i, 2), i, np.uint8)}
+        for i, word in enumerate(text.split())
+    ]
+    return {"train": rows, "test": rows[:1]}
+
+
+EXAMPLE = {"text": str, "letters": int, "matrix": np.ndarray}
+
+
+def prepare(tmp_path, original=FILE, parse=parse, **arguments):
+    return originals.examples(
+        "plays",
+        {"play": original},
+        parse,
+        EXAMPLE,
+        data_dir=tmp_path / "prepared",
+        **{"source_dir": tmp_path, **arguments},
+    )
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for split, rows in expected.items():
+        for row, other in zip(rows, found[split], strict=True):
+            assert row["text"] == other["text"] and row["letters"] == other["letters"]
+            np.testing.assert_array_equal(row["matrix"], other["matrix"])
+
+
+def test_examples_are_prepared_once(tmp_path):
+    path = tmp_path / "play.txt"
+    path.write_bytes(CONTENT)
+    found, source = prepare(tmp_path)
+    same(found, parse({"play": CONTENT}))
+    assert source == f"folder {tmp_path}"
+    path.unlink()  # not needed any more
+    again, source = prepare(tmp_path, parse=None, source_dir=None)
+    same(again, found)
+    assert source == f"folder {tmp_path}"
+
+
+def test_other_contents_have_a_folder_of_their_own(tmp_path):
+    (tmp_path / "play.txt").write_bytes(CONTENT)
+    prepare(tmp_path)
+    content = "¿Qué es la vida?".encode()
+    other = dataclasses.replace(FILE, sha256=hashlib.sha256(content).hexdigest())
+    with pytest.raises(data.DataError, match="play.txt is damaged or not"):
+        prepare(tmp_path, other)
+    (tmp_path / "play.txt").write_bytes(content)
+    found, _ = prepare(tmp_path, other)
+    assert [row["text"] for row in found["train"]] == ["¿Qué", "es", "la", "vida?"]
+    same(prepare(tmp_path)[0], parse({"play": CONTENT}))
+
+
+def test_what_a_killed_process_left_is_no_dataset(tmp_path):
+    (tmp_path / "play.txt").write_bytes(CONTENT)
+
+    def killed(contents):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path, parse=killed)
+    same(prepare(tmp_path)[0], parse({"play": CONTENT}))
+
+
+def test_damaged_examples_are_a_sentence(tmp_path):
+    (tmp_path / "play.txt").write_bytes(CONTENT)
+    prepare(tmp_path)
+    (file,) = (tmp_path / "prepared").rglob("*train.array_record*")
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(data.DataError, match="delete the folder and load again"):
+        prepare(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "play.txt").write_bytes(CONTENT)
+    (tmp_path / "prepared").write_text("a file")
+    with pytest.raises(data.DataError, match="Another folder may be given"):
+        prepare(tmp_path)
