@@ -172,22 +172,19 @@ class Chorales:
         lengths = np.asarray(self.arrays["train"]["lengths"])
         return samplers.length_buckets(lengths, self.num_buckets, self.min_bucket_size)
 
-    def select(
-        self, indices: jax.Array, split: str, arrays: dict, length: int | None = None
-    ) -> dict:
+    def select(self, indices: jax.Array, split: str, arrays: dict) -> dict:
         """Pieces of given indices.
 
         Args:
             indices: int [n], of pieces of the split.
             split: "train", "validation" or "test".
             arrays: `self.arrays`.
-            length: frames to keep, static; None: those of the longest piece.
 
         Returns:
             "inputs" and "targets" float32 [n, time, 88]; "lengths" int32 [n];
             "target_mask" bool [n, time].
         """
-        rows = sequences.select(arrays[split], indices, length, ["frames"])
+        rows = sequences.select(arrays[split], indices)
         targets = rows["frames"].astype(jnp.float32)
         time = jnp.arange(targets.shape[1])
         mask = time < rows["lengths"][:, None]

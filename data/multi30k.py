@@ -229,24 +229,19 @@ class Multi30k:
         lengths = np.maximum(train["lengths"], train["target_lengths"])
         return samplers.length_buckets(lengths, self.num_buckets, self.min_bucket_size)
 
-    def select(
-        self, indices: jax.Array, split: str, arrays: dict, length: int | None = None
-    ) -> dict:
+    def select(self, indices: jax.Array, split: str, arrays: dict) -> dict:
         """Pairs of given indices.
 
         Args:
             indices: int [n], of pairs of the split.
             split: "train", "validation" or "test".
             arrays: `self.arrays`.
-            length: sub-words to keep of inputs and of targets, static; None: those of
-                the longest ones.
 
         Returns:
             "inputs" int32 [n, time], "lengths" int32 [n], "targets" int32 [n, time],
             "target_lengths" int32 [n], BOS and EOS being counted.
         """
-        names = ["inputs", "targets"]
-        return sequences.select(arrays[split], indices, length, names)
+        return sequences.select(arrays[split], indices)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the sub-words of a text and EOS, as those of inputs."""

@@ -97,18 +97,9 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return array, lengths
 
 
-def select(
-    arrays: Mapping[str, jax.Array],
-    indices: jax.Array,
-    length: int | None = None,
-    sequences: Sequence[str] = ("inputs",),
-) -> dict[str, jax.Array]:
-    """Rows of all arrays; those named in `sequences` are cut to `length` steps."""
-    rows = {
-        name: array[:, :length] if name in sequences else array
-        for name, array in arrays.items()
-    }
-    return {name: array[indices] for name, array in rows.items()}
+def select(arrays: Mapping[str, jax.Array], indices: jax.Array) -> dict:
+    """Rows of all arrays of a split."""
+    return {name: array[indices] for name, array in arrays.items()}
 
 
 def compact(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data import sequences
 from data.datasets import DataError, Dataset, Spec, load, normalize
 
 
@@ -89,23 +90,18 @@ class SequentialImages:
         """All images of the train split are of one length."""
         return ((0, self.spec.sizes["train"], self.num_pixels),)
 
-    def select(
-        self, indices: jax.Array, split: str, arrays: dict, length: int | None = None
-    ) -> dict:
+    def select(self, indices: jax.Array, split: str, arrays: dict) -> dict:
         """Images of given indices.
 
         Args:
             indices: int [n], of images of the split.
             split: "train", "validation" or "test".
             arrays: `self.arrays`.
-            length: None or the number of pixels.
 
         Returns:
             "inputs" float32 [n, time, channel] in [-1, 1]; "lengths" int32 [n], all of
             them the number of pixels; "targets" int32 [n], the class.
         """
-        rows = {name: array[indices] for name, array in arrays[split].items()}
-        inputs = normalize(
-            rows["inputs"][:, :length], self._dataset.shift, self._dataset.scale
-        )
+        rows = sequences.select(arrays[split], indices)
+        inputs = normalize(rows["inputs"], self._dataset.shift, self._dataset.scale)
         return rows | {"inputs": inputs}

@@ -245,22 +245,19 @@ class WordText:
         lengths = np.asarray(self.arrays["train"]["lengths"])
         return samplers.length_buckets(lengths, self.num_buckets, self.min_bucket_size)
 
-    def select(
-        self, indices: jax.Array, split: str, arrays: dict, length: int | None = None
-    ) -> dict:
+    def select(self, indices: jax.Array, split: str, arrays: dict) -> dict:
         """Sentences of given indices.
 
         Args:
             indices: int [n], of sentences of the split.
             split: "train", "validation" or "test".
             arrays: `self.arrays`.
-            length: words to keep, static; None: those of the longest sentence.
 
         Returns:
             "inputs" and "targets" int32 [n, time]; "lengths" int32 [n]; "target_mask"
             bool [n, time].
         """
-        rows = sequences.select(arrays[split], indices, length, ["inputs", "targets"])
+        rows = sequences.select(arrays[split], indices)
         return rows | {"target_mask": rows["targets"] != sequences.PADDING}
 
     def encode(self, text: str) -> list[int]:
@@ -446,22 +443,19 @@ class MovieSentences:
         lengths = np.asarray(self.arrays["train"]["lengths"])
         return samplers.length_buckets(lengths, self.num_buckets, self.min_bucket_size)
 
-    def select(
-        self, indices: jax.Array, split: str, arrays: dict, length: int | None = None
-    ) -> dict:
+    def select(self, indices: jax.Array, split: str, arrays: dict) -> dict:
         """Sentences of given indices.
 
         Args:
             indices: int [n], of sentences of the split.
             split: "train", "validation" or "test".
             arrays: `self.arrays`.
-            length: words to keep, static; None: those of the longest sentence.
 
         Returns:
             "inputs" int32 [n, time], ids of words; "lengths" int32 [n]; "targets" int32
             [n], 1 for sentences in favour.
         """
-        return sequences.select(arrays[split], indices, length)
+        return sequences.select(arrays[split], indices)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the words of any sentence, taken apart as the published ones."""

@@ -59,7 +59,7 @@ def test_pairs_stay_together_and_come_back(written, lowercase):
     assert dataset.spec.source_vocabulary_size == 80
     for split, file in multi30k._FILES.items():
         size = dataset.spec.sizes[split]
-        select = jax.jit(dataset.select, static_argnums=(1, 3))
+        select = jax.jit(dataset.select, static_argnums=1)
         batch = jax.device_get(select(np.arange(size), split, dataset.arrays))
         both = np.maximum(batch["lengths"], batch["target_lengths"])
         assert (np.diff(both) >= 0).all()
@@ -121,11 +121,9 @@ def test_a_bucket_holds_both_sides_whole(written):
     assert len(dataset.buckets) == 3
     for start, stop, length in dataset.buckets:
         indices = np.arange(start, stop)
-        cut = dataset.select(indices, "train", dataset.arrays, length)
         whole = dataset.select(indices, "train", dataset.arrays)
         for name in ("inputs", "targets"):
-            assert cut[name].shape[1] <= length
-            assert (cut[name] > 0).sum() == (whole[name] > 0).sum()
+            assert not whole[name][:, length:].any()
 
 
 def test_impossible_values_are_sentences(written, monkeypatch):
