@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 from experiments.cells import stack
 from experiments.variants import check_variant
 
-HIDDEN_SIZES = {"rnn": 110, "gru": 62, "lstm": 52}
+HIDDEN_SIZE = 128
 
 
 def get_config(variant: str = "gru") -> ConfigDict:
     """The config of a cell."""
-    check_variant(variant, HIDDEN_SIZES)
+    check_variant(variant, ("rnn", "gru", "lstm"))
     config = ConfigDict()
     config.dataset = dict(name="CopyMemory", delay=100)
     # The memory of an LSTM lasts as long as the delay from the start (Tallec and
@@ -24,7 +24,7 @@ def get_config(variant: str = "gru") -> ConfigDict:
     cell_fields = dict(chrono_max_length=100) if variant == "lstm" else {}
     config.model = dict(
         name="SequenceModel",
-        stack=stack(variant, HIDDEN_SIZES[variant], cell_fields=cell_fields),
+        stack=stack(variant, HIDDEN_SIZE, cell_fields=cell_fields),
         embedding_size=10,
     )
     config.task = dict(
@@ -34,9 +34,9 @@ def get_config(variant: str = "gru") -> ConfigDict:
         test_sequences=1000,
     )
     config.optimizer = dict(
-        name="adam", learning_rate=2e-3, schedule="cosine", clip_norm=1.0
+        name="adam", learning_rate=3e-3, schedule="cosine", clip_norm=1.0
     )
     config.training = dict(
-        num_steps=6000, steps_per_call=50, log_every=300, eval_every=600
+        num_steps=40_000, steps_per_call=50, log_every=2000, eval_every=4000
     )
     return config
