@@ -137,6 +137,7 @@ def test_another_module_drops_the_fields_it_lacks(tiny):
         "dropout_rate": 0.1,
         "hidden_sizes": (8,),
         "kernel_size": 3,
+        "num_groups": None,
         "stride": 1,
     }
     overrides = {
