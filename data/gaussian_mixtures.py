@@ -1,6 +1,7 @@
 """Sets drawn from random mixtures of Gaussians, to be clustered in one pass."""
 
 import dataclasses
+import math
 from typing import ClassVar
 
 import jax
@@ -15,6 +16,9 @@ class GaussianMixtures:
 
         n ~ U{min_size..max_size},  μ_k ~ U(-bound, bound)^d,  π ~ Dirichlet(1, ..., 1)
         x_i ~ sum_k π_k N(μ_k, scale² I)
+
+    Sets to learn from that are drawn together have one size, as in the code of the
+    paper; those of validation and test have each its own.
 
     The defaults are the protocol of Lee et al., "Set Transformer", ICML 2019, section
     5.3; with sets of 1,000 to 5,000 elements and six components it is the large one of
@@ -52,6 +56,12 @@ class GaussianMixtures:
                 raise ValueError(f"{name} must be > 0, not {getattr(self, name)}")
 
     @property
+    def size_buckets(self) -> tuple[int, ...]:
+        """Sizes to pad sets to learn from to: fifths of the largest."""
+        sizes = (math.ceil(self.max_size * fifth / 5) for fifth in range(1, 6))
+        return tuple(size for size in sizes if size >= self.min_size)
+
+    @property
     def spec(self) -> Spec:
         """What the sets are; `num_classes` counts the parameters of a mixture."""
         return Spec(
@@ -72,7 +82,7 @@ class GaussianMixtures:
         Args:
             key: PRNG key.
             num_sets: how many.
-            split: all splits are alike.
+            split: "train", "validation" or "test".
             arrays: not used.
 
         Returns:
@@ -81,15 +91,18 @@ class GaussianMixtures:
             element; and the mixture: "log_weights" [set, k], "means" and "scales"
             [set, k, d].
         """
-        del split, arrays
+        del arrays
         size_key, weight_key, mean_key, component_key, noise_key = jax.random.split(
             key, 5
         )
         k, d = self.num_components, self.num_features
+        num_sizes = 1 if split == "train" else num_sets
         size = jax.random.randint(
-            size_key, (num_sets, 1), self.min_size, self.max_size + 1
+            size_key, (num_sizes, 1), self.min_size, self.max_size + 1
         )
-        mask = jnp.arange(self.max_size) < size
+        mask = jnp.broadcast_to(
+            jnp.arange(self.max_size) < size, (num_sets, self.max_size)
+        )
         # A Dirichlet by its gamma variables, in logarithms: no weight is ever zero.
         log_weights = jax.nn.log_softmax(
             jax.random.loggamma(weight_key, 1.0, (num_sets, k))

@@ -12,8 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data.augmentation import deform
 from data.datasets import DataError, Dataset, Spec, load, normalize
 from data.number_sets import check_sizes, draw_mask, generated_spec
+
+DEFORMED_AT_ONCE = 4096
+_deform = jax.jit(deform)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +27,16 @@ class ImageDigitSums:
         n ~ U{1..max_size},  x_i any image of the split,  target sum_i label(x_i)
 
     Zaheer et al., "Deep Sets", NeurIPS 2017, section 4.1.2, with the 8 million digits
-    of MNIST8m; here with MNIST itself by default. No label of a single image is used.
+    of MNIST8m: MNIST and deformed copies of its images. Here the train split of MNIST
+    gets such copies (`num_deformed`). No label of a single image is used.
 
     Attributes:
         examples: labelled images by name, see `data.load`; their labels are what is
             added up.
         data_dir: see `data.load`.
         source_dir: see `data.load`.
+        num_deformed: deformed copies that are added of each image of the train split;
+            see `data.augmentation.deform`.
         max_size: most elements of a set of train and validation.
         test_max_size: of the test split.
     """
@@ -37,12 +44,15 @@ class ImageDigitSums:
     examples: str = "mnist"
     data_dir: str | None = None
     source_dir: str | None = None
+    num_deformed: int = 0
     max_size: int = 10
     test_max_size: int = 100
 
     def __post_init__(self):
         check_sizes(max_size=self.max_size)
         check_sizes(test_max_size=self.test_max_size)
+        if self.num_deformed < 0:
+            raise ValueError(f"num_deformed must be 0 or more, not {self.num_deformed}")
 
     @functools.cached_property
     def _dataset(self) -> Dataset:
@@ -58,7 +68,21 @@ class ImageDigitSums:
     @functools.cached_property
     def arrays(self) -> dict:
         """Images and labels of each split, on the device."""
-        return jax.tree.map(jnp.asarray, self._dataset.splits)
+        splits = dict(self._dataset.splits)
+        images, labels = splits["train"]["inputs"], splits["train"]["labels"]
+        # In the host's memory, and a part at a time: there may be millions.
+        parts = [images]
+        for copy in range(self.num_deformed):
+            key = jax.random.fold_in(jax.random.key(0), copy)
+            for part in range(0, len(images), DEFORMED_AT_ONCE):
+                chunk = images[part : part + DEFORMED_AT_ONCE].astype(np.float32)
+                deformed = _deform(jax.random.fold_in(key, part), chunk)
+                parts.append(np.asarray(jnp.round(deformed)).astype(images.dtype))
+        splits["train"] = {
+            "inputs": np.concatenate(parts),
+            "labels": np.tile(labels, 1 + self.num_deformed),
+        }
+        return jax.tree.map(jnp.asarray, splits)
 
     def sample(self, key: jax.Array, num_sets: int, split: str, arrays: dict) -> dict:
         """Draws sets; an image may come twice.

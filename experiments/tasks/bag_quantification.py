@@ -11,7 +11,6 @@ import numpy as np
 
 import data
 from data.samplers import draw_whole_bags, join_bags, mix_bags, pair_weights
-from experiments import metrics
 from experiments.loop import Training
 from experiments.optimizers import Optimizer
 from experiments.report import Section
@@ -19,7 +18,6 @@ from experiments.tasks import quantification_report, supervised
 from experiments.tasks.prevalence import (
     PrevalenceTask,
     check_set_network,
-    estimate_in_training,
     pools_linearly,
 )
 
@@ -60,9 +58,8 @@ class BagQuantification(PrevalenceTask):
         rare classes.
       mixed_bags: mixtures a step, where they are made in representation space; 0:
         twice as many as bags.
-      warmup_loss: the loss of the first `warmup_steps`. Relative errors from the start
-        make some networks answer a constant for ever.
-      warmup_steps: see `warmup_loss`.
+      warmup_loss: the loss of the first `warmup_steps`.
+      warmup_steps: see `PrevalenceTask`.
       baselines: train a classifier of the same encoder on the dataset's labelled
         documents, where it has any, and set CC, PCC, ACC, PACC and EMQ beside the
         model on the same test bags.
@@ -95,11 +92,8 @@ class BagQuantification(PrevalenceTask):
             raise ValueError(
                 f"real_bags must lie between 0 and 1, not {self.real_bags}"
             )
-        for name in ("mixed_bags", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        for name in (self.loss, self.warmup_loss, *self.measures):
-            self.measure(name)
+        supervised.check_not_negative(self, "mixed_bags", "warmup_steps")
+        self.check_measures()
         check_set_network(self.model)
         if self.mixed_bags and not self._mixes_representations:
             raise ValueError(
@@ -171,31 +165,6 @@ class BagQuantification(PrevalenceTask):
 
     def _inputs(self, inputs: jax.Array) -> jax.Array:
         return data.normalize(inputs, self.dataset.shift, self.dataset.scale)
-
-    def train_step(
-        self, state: supervised.TrainState, batch: Mapping, key: jax.Array
-    ) -> tuple[supervised.TrainState, dict]:
-        """One update; see `loop.Task`."""
-
-        def loss(params, model_state):
-            estimate, added, model_state = estimate_in_training(
-                self.model, params, model_state, batch, key
-            )
-            names = dict.fromkeys([self.loss])
-            if self.warmup_steps:
-                names[self.warmup_loss] = None
-            values = {
-                name: self.measure(name)(batch["prevalence"], estimate)
-                for name in names
-            }
-            learned = values[self.loss].mean()
-            if self.warmup_steps:
-                first = values[self.warmup_loss].mean()
-                learned = jnp.where(state.steps < self.warmup_steps, first, learned)
-            measured = {name: metrics.masked(value) for name, value in values.items()}
-            return learned + added, (measured, model_state)
-
-        return supervised.update(state, loss, self.optimizer, self.training.num_steps)
 
     def num_bags_of(self, split: str) -> int:
         """Number of labelled bags of a split."""

@@ -36,8 +36,6 @@ class LabelledQuantification(Quantification):
         EMQNet expects (Menon et al., "Long-tail learning via logit adjustment", ICLR
         2021). Otherwise classes are drawn by `protocol` first, which shows the
         examples of rare classes more often.
-      max_shift: images are shifted by up to so many pixels in height and width.
-      flip: images are mirrored with probability one half.
       noise: standard deviation of Gaussian noise that is added to the inputs, in the
         units the model sees.
     """
@@ -47,8 +45,6 @@ class LabelledQuantification(Quantification):
     mixed_bags: int = 32
     bag_weight: float = 1.0
     natural_examples: bool = False
-    max_shift: int = 0
-    flip: bool = False
     noise: float = 0.0
 
     def __post_init__(self):
@@ -62,16 +58,11 @@ class LabelledQuantification(Quantification):
                 "bag_size must be 1 and mixed_bags 1 or more, not "
                 f"{self.bag_size} and {self.mixed_bags}"
             )
-        if not self.bag_weight >= 0:
-            raise ValueError(f"bag_weight must be 0 or more, not {self.bag_weight}")
-        if not self.noise >= 0:
-            raise ValueError(f"noise must be 0 or more, not {self.noise}")
-        images = len(self.dataset.spec.feature_shape) == 3
-        if self.max_shift < 0 or ((self.max_shift or self.flip) and not images):
+        supervised.check_not_negative(self, "bag_weight", "noise")
+        if self.warmup_steps:
             raise ValueError(
-                "max_shift must be 0 or more, and max_shift and flip are for images; "
-                f"the examples of {self.dataset.spec.name} have the shape "
-                f"{self.dataset.spec.feature_shape}"
+                "warmup_steps must be 0 here: what learns from bags are calibration "
+                f"and pseudo-counts alone, not {self.warmup_steps}"
             )
         super().__post_init__()
 
@@ -104,10 +95,8 @@ class LabelledQuantification(Quantification):
         bags, prevalence = self._draw_bags(
             bag_key, train, self.protocol, self.mixed_bags, self.size_at_evaluation
         )
-        unchanged = inputs = self._inputs(train, indices)
-        if self.max_shift or self.flip:
-            images = _views(view_key, inputs[:, 0], self.max_shift, self.flip)
-            inputs = images[:, None]
+        unchanged = self._inputs(train, indices)
+        inputs = self._views(view_key, unchanged)
         if self.noise:
             inputs += self.noise * jax.random.normal(noise_key, inputs.shape)
         indices = indices[:, 0]
@@ -179,20 +168,3 @@ def _estimate_and_logits(
     features = model.calibrate(remembered[batch["bags"]])
     estimate = model.decode(model.aggregate(features))
     return estimate, logits, remembered
-
-
-def _views(key: jax.Array, images: jax.Array, max_shift: int, flip: bool) -> jax.Array:
-    """Images [n, height, width, channel], each shifted and mirrored at random."""
-    flip_key, shift_key = jax.random.split(key)
-    if flip:
-        mirrored = jax.random.bernoulli(flip_key, shape=(len(images), 1, 1, 1))
-        images = jnp.where(mirrored, images[:, :, ::-1], images)
-    width = ((0, 0), (max_shift, max_shift), (max_shift, max_shift), (0, 0))
-    padded = jnp.pad(images, width, mode="edge")
-    offsets = jax.random.randint(shift_key, (len(images), 2), 0, 2 * max_shift + 1)
-
-    def crop(image, offset):
-        start = (offset[0], offset[1], 0)
-        return jax.lax.dynamic_slice(image, start, images.shape[1:])
-
-    return jax.vmap(crop)(padded, offsets)

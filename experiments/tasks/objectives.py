@@ -6,7 +6,7 @@ values}`.
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -106,6 +106,42 @@ class ObjectiveTask(supervised.SupervisedTask):
                 values, counted if mask is None else counted & mask
             )
         return sums
+
+
+def at_length(
+    options: Iterable[int],
+    needed: jax.Array,
+    step: Callable,
+    state: Any,
+    batch: Mapping,
+    *rest: Any,
+) -> Any:
+    """`step(state, batch, *rest)` with the padding of the batch cut off.
+
+    Every option is a branch of one compiled program, of which the shortest is computed
+    that holds the batch.
+
+    Args:
+      options: lengths to cut to; the whole one is an option always.
+      needed: int scalar, the length that holds the batch.
+      step: a function of a state, a batch and the rest.
+      state: see `step`.
+      batch: of the longest arrays [sequence, step, ...] the second axis is cut.
+      rest: see `step`.
+    """
+    longest = max(leaf.shape[1] for leaf in batch.values() if leaf.ndim > 1)
+    options = sorted({*options, longest})
+
+    def cut(length, state, batch, *rest):
+        shorter = {
+            name: leaf[:, :length] if leaf.ndim > 1 else leaf
+            for name, leaf in batch.items()
+        }
+        return step(state, shorter, *rest)
+
+    branches = [functools.partial(cut, length) for length in options]
+    bucket = jnp.searchsorted(jnp.asarray(options), needed)
+    return jax.lax.switch(bucket, branches, state, batch, *rest)
 
 
 def check(module: ModuleType, name: str) -> None:

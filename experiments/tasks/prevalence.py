@@ -82,41 +82,13 @@ def bags_or_mixtures(model: nn.Module, batch: Mapping, *, train: bool) -> jax.Ar
     return model.decode(representation, train=train)
 
 
-def estimate_in_training(
-    model: nn.Module, params: Any, model_state: Any, batch: Mapping, key: jax.Array
-) -> tuple[jax.Array, jax.Array, Any]:
-    """What a training step needs of the model, differentiable in `params`.
-
-    Args:
-      model: a set network.
-      params: its parameters.
-      model_state: its other collections.
-      batch: see `bags_or_mixtures`.
-      key: of dropout.
-
-    Returns:
-      Prevalences [bag or mixture, K]; the sum of what the model adds to the loss by
-      sowing it in the collection "losses"; the other collections after the step.
-    """
-    estimate, collections = model.apply(
-        {"params": params, **model_state},
-        batch,
-        train=True,
-        rngs={"dropout": key},
-        mutable=[*model_state, "losses"],
-        method=bags_or_mixtures,
-    )
-    collections = dict(collections)
-    losses = collections.pop("losses", {})
-    added = sum(jax.tree.leaves(losses), start=jnp.float32(0))
-    return estimate, added, collections
-
-
 class PrevalenceTask(supervised.SupervisedTask):
     """What the tasks share that learn the prevalences of bags.
 
-    They have fields `model`, `dataset`, `optimizer`, `training`, `loss`, `measures` and
-    `num_bags`, and `bag_size_of_measures`, by which measures smooth.
+    They have fields `model`, `dataset`, `optimizer`, `training`, `loss`, `measures`,
+    `num_bags`, `warmup_loss` and `warmup_steps`, and `bag_size_of_measures`, by which
+    measures smooth. The first `warmup_steps` learn by `warmup_loss`: relative errors
+    from the start make some networks answer a constant for ever.
     """
 
     @property
@@ -127,6 +99,11 @@ class PrevalenceTask(supervised.SupervisedTask):
     def measure(self, name: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """The measure of that name at this task's size of bags."""
         return measure(name, self.bag_size_of_measures)
+
+    def check_measures(self) -> None:
+        """Raises ValueError for a loss or measure that there is not."""
+        for name in (self.loss, self.warmup_loss, *self.measures):
+            self.measure(name)
 
     def init(self, key: jax.Array, batch: Mapping) -> supervised.TrainState:
         """The first state; see `loop.Task`."""
@@ -140,6 +117,38 @@ class PrevalenceTask(supervised.SupervisedTask):
                 f"classes), not {estimate.shape}"
             )
         return supervised.init_state(variables, self.optimizer, self.training.num_steps)
+
+    def train_step(
+        self, state: supervised.TrainState, batch: Mapping, key: jax.Array
+    ) -> tuple[supervised.TrainState, dict]:
+        """One update; see `loop.Task`."""
+
+        def loss(params, model_state):
+            estimate, collections = self.model.apply(
+                {"params": params, **model_state},
+                batch,
+                train=True,
+                rngs={"dropout": key},
+                mutable=[*model_state, "losses"],
+                method=bags_or_mixtures,
+            )
+            collections = dict(collections)
+            # What the model adds to the loss by sowing it.
+            sown = jax.tree.leaves(collections.pop("losses", {}))
+            values = {
+                name: self.measure(name)(batch["prevalence"], estimate)
+                for name in dict.fromkeys(
+                    [self.loss, *([self.warmup_loss] if self.warmup_steps else [])]
+                )
+            }
+            learned = values[self.loss].mean()
+            if self.warmup_steps:
+                first = values[self.warmup_loss].mean()
+                learned = jnp.where(state.steps < self.warmup_steps, first, learned)
+            measured = {name: metrics.masked(value) for name, value in values.items()}
+            return sum(sown, start=learned), (measured, collections)
+
+        return supervised.update(state, loss, self.optimizer, self.training.num_steps)
 
     def eval_step(self, prepared: Any, batch: Mapping) -> dict:
         """The loss and the measures, averaged over bags."""

@@ -11,6 +11,7 @@ import numpy as np
 from sklearn.decomposition import PCA
 
 import data
+from data.augmentation import shift_and_flip
 from data.samplers import (
     class_table,
     draw_bags,
@@ -18,7 +19,6 @@ from data.samplers import (
     draw_tilted_bags,
     mixture_weights,
 )
-from experiments import metrics
 from experiments.loop import Training
 from experiments.optimizers import Optimizer
 from experiments.report import Section
@@ -26,7 +26,6 @@ from experiments.tasks import quantification_report, supervised
 from experiments.tasks.prevalence import (
     PrevalenceTask,
     check_set_network,
-    estimate_in_training,
     pools_linearly,
 )
 
@@ -72,11 +71,16 @@ class Quantification(PrevalenceTask):
       grid_points: values per class of `grid`.
       shift_strength: of `covariate_shift`, the largest shift of a bag, in standard
         deviations.
+      max_shift: images to learn from are shifted by up to so many pixels in height and
+        width.
+      flip: images to learn from are mirrored with probability one half.
       evaluation_protocol: of the bags of validation and test.
       replace: whether an example may come twice in a bag.
       evaluation_bag_size: examples a bag of validation and test; None: `bag_size`.
       mixed_bags: mixtures a step, aimed at prevalences by `protocol`; 0: the step
         learns from the bags as they are.
+      warmup_loss: the loss of the first `warmup_steps`.
+      warmup_steps: see `PrevalenceTask`.
       validation_bags: number of bags of an evaluation during training.
       test_bags: number of bags of the final evaluation.
       baselines: train a classifier of the same encoder after the run, and set CC, PCC,
@@ -96,10 +100,14 @@ class Quantification(PrevalenceTask):
     concentration: float = 1.0
     grid_points: int = 11
     shift_strength: float = 2.0
+    max_shift: int = 0
+    flip: bool = False
     evaluation_protocol: str = "uniform"
     evaluation_bag_size: int | None = None
     replace: bool = True
     mixed_bags: int = 0
+    warmup_loss: str = "absolute_error"
+    warmup_steps: int = 0
     validation_bags: int = 300
     test_bags: int = 1000
     baselines: bool = True
@@ -130,10 +138,15 @@ class Quantification(PrevalenceTask):
             )
         if not self.concentration > 0:
             raise ValueError(f"concentration must be > 0, not {self.concentration}")
-        if self.mixed_bags < 0:
-            raise ValueError(f"mixed_bags must be 0 or more, not {self.mixed_bags}")
-        for name in (self.loss, *self.measures):
-            self.measure(name)
+        supervised.check_not_negative(self, "mixed_bags", "warmup_steps", "max_shift")
+        self.check_measures()
+        images = len(self.dataset.spec.feature_shape) == 3
+        if (self.max_shift or self.flip) and not images:
+            raise ValueError(
+                "max_shift and flip are for images; the examples of "
+                f"{self.dataset.spec.name} have the shape "
+                f"{self.dataset.spec.feature_shape}"
+            )
         if self.mixed_bags and self.bag_size > 1 and not pools_linearly(self.model):
             raise ValueError(
                 "mixed_bags: bags of several examples are mixed in representation "
@@ -184,14 +197,15 @@ class Quantification(PrevalenceTask):
 
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Bags of the train split."""
-        bag_key, target_key, weight_key, draw_key = jax.random.split(
-            jax.random.fold_in(key, step), 4
-        )
+        key = jax.random.fold_in(key, step)
+        bag_key, target_key, weight_key, draw_key = jax.random.split(key, 4)
         indices, prevalence = self._draw_bags(
             bag_key, arrays["train"], self.protocol, self.num_bags, self.bag_size
         )
         batch = {
-            "inputs": self._inputs(arrays["train"], indices),
+            "inputs": self._views(
+                jax.random.fold_in(key, 0), self._inputs(arrays["train"], indices)
+            ),
             "prevalence": prevalence,
         }
         if self.mixed_bags:
@@ -217,6 +231,14 @@ class Quantification(PrevalenceTask):
         return data.normalize(
             split["inputs"][indices], self.dataset.shift, self.dataset.scale
         )
+
+    def _views(self, key: jax.Array, inputs: jax.Array) -> jax.Array:
+        """Examples [bag, element, ...] as they are learned from."""
+        if not (self.max_shift or self.flip):
+            return inputs
+        images = inputs.reshape(-1, *inputs.shape[2:])
+        views = shift_and_flip(key, images, self.max_shift, self.flip)
+        return views.reshape(inputs.shape)
 
     def _draw_prevalences(
         self, key: jax.Array, protocol: str, num_bags: int, bag_size: int
@@ -251,21 +273,6 @@ class Quantification(PrevalenceTask):
         return draw_bags(
             example_key, split["table"], targets, size, replace=self.replace
         )
-
-    def train_step(
-        self, state: supervised.TrainState, batch: Mapping, key: jax.Array
-    ) -> tuple[supervised.TrainState, dict]:
-        """One update; see `loop.Task`."""
-
-        def loss(params, model_state):
-            estimate, added, model_state = estimate_in_training(
-                self.model, params, model_state, batch, key
-            )
-            values = self.measure(self.loss)(batch["prevalence"], estimate)
-            measured = {self.loss: metrics.masked(values)}
-            return values.mean() + added, (measured, model_state)
-
-        return supervised.update(state, loss, self.optimizer, self.training.num_steps)
 
     def num_eval_batches(self, split: str) -> int:
         """Batches of `EVALUATION_BATCH` bags."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import data
 from data.samplers import bucketed_batch
 from experiments.tasks import supervised
+from experiments.tasks.objectives import at_length
 
 
 class SequenceDataset(Protocol):
@@ -74,30 +75,16 @@ def at_bucket_length(
 ) -> Any:
     """`step(state, batch, *rest)` with the batch cut to the length of its bucket.
 
-    Every length of the dataset's buckets is a branch of one compiled program, of which
-    the shortest is computed that holds the batch. A generated batch stays as it is.
-
     Args:
-      dataset: a `SequenceDataset`.
+      dataset: a `SequenceDataset`; a generated batch stays as it is.
       step: a function of a state, a batch and the rest.
       state: see `step`.
-      batch: arrays [sequence, step, ...] are cut, those of one axis stay.
+      batch: see `objectives.at_length`.
       rest: see `step`.
     """
     if not hasattr(dataset, "buckets"):
         return step(state, batch, *rest)
     lengths = [batch[name] for name in ("lengths", "target_lengths") if name in batch]
-    longest = max(leaf.shape[1] for leaf in batch.values() if leaf.ndim > 1)
-    options = sorted({length for *_, length in dataset.buckets} | {longest})
-
-    def cut(length, state, batch, *rest):
-        shorter = {
-            name: leaf[:, :length] if leaf.ndim > 1 else leaf
-            for name, leaf in batch.items()
-        }
-        return step(state, shorter, *rest)
-
-    branches = [functools.partial(cut, length) for length in options]
     needed = functools.reduce(jnp.maximum, lengths).max()
-    bucket = jnp.searchsorted(jnp.asarray(options), needed)
-    return jax.lax.switch(bucket, branches, state, batch, *rest)
+    options = [length for *_, length in dataset.buckets]
+    return at_length(options, needed, step, state, batch, *rest)

@@ -28,7 +28,8 @@ class SetDataset(Protocol):
 
     One with a fixed number of sets in a split, `spec.sizes[split]`, also has
     `select(key, indices, split, arrays)`, which returns those of given indices:
-    evaluation goes through them in order.
+    evaluation goes through them in order. One whose sets of a training step are alike
+    in size has `size_buckets`, of which the smallest that holds them is computed.
 
     Attributes:
       spec: `num_classes` is the number of outputs that its target asks for,
@@ -99,6 +100,17 @@ class SetPrediction(objectives.ObjectiveTask):
         """Sets of the train split."""
         key = jax.random.fold_in(key, step)
         return self.dataset.sample(key, self.num_sets, "train", arrays)
+
+    def train_step(
+        self, state: supervised.TrainState, batch: Mapping, key: jax.Array
+    ) -> tuple[supervised.TrainState, dict]:
+        """One update; see `loop.Task`."""
+        step = super().train_step
+        if not hasattr(self.dataset, "size_buckets"):
+            return step(state, batch, key)
+        size = batch["mask"].sum(1).max()
+        options = self.dataset.size_buckets
+        return objectives.at_length(options, size, step, state, batch, key)
 
     def num_eval_batches(self, split: str) -> int:
         """Batches of `evaluation_batch` sets."""

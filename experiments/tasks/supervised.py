@@ -45,6 +45,13 @@ def check_positive(task: Any, *names: str) -> None:
             raise ValueError(f"{name} must be 1 or more, not {getattr(task, name)}")
 
 
+def check_not_negative(task: Any, *names: str) -> None:
+    """Raises ValueError for the first of these fields of a task that is below 0."""
+    for name in names:
+        if not getattr(task, name) >= 0:  # NaN is refused, too
+            raise ValueError(f"{name} must be 0 or more, not {getattr(task, name)}")
+
+
 def evaluation_key(split: str, index: jax.Array) -> jax.Array:
     """The key of a batch of "validation" or "test".
 
