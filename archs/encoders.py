@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from .contracts import check_set
+from .convolution import convolve
 from .dropout import Dropout
 
 
@@ -196,6 +197,7 @@ class CNN(nn.Module):
                 dtype=self.dtype,
                 kernel_init=init,
                 bias_init=init,
+                conv_general_dilated=convolve,
             )
             x = conv(x)
             if self.num_groups is not None:

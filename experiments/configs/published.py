@@ -14,7 +14,7 @@ An epoch encodes 250,000 images. `--config.training.num_steps=5000` stops after 
 `histnetq_mixtures` has the same network, images, validation and test bags, but learns
 in our way: linear binning, 512 single images a step (mirrored and shifted by up to two
 pixels) that serve 64 exact mixtures of uniform prevalences, a learning rate of 3e-3
-that falls to zero, and, for `rae`, absolute errors first. Its run encodes four million
+that falls to zero, and, for `rae`, absolute errors first. Its run encodes three million
 images.
 """
 
@@ -106,6 +106,6 @@ def get_config(variant: str = "histnetq_ae") -> ConfigDict:
             ema_decay=0.99,
         )
         config.training = dict(
-            num_steps=8000, steps_per_call=10, log_every=200, eval_every=1000
+            num_steps=6000, steps_per_call=10, log_every=200, eval_every=1000
         )
     return config
