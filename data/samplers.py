@@ -487,26 +487,39 @@ def draw_tilted_bags(
 
 
 def mixture_weights(
-    key: jax.Array, bag_prevalences: jax.Array, prevalences: jax.Array
+    key: jax.Array,
+    bag_prevalences: jax.Array,
+    prevalences: jax.Array,
+    sharpness: float = 1.0,
 ) -> jax.Array:
     """Weights that mix the bags of a batch towards given prevalences.
 
-    Bag b gets `w_b ∝ e_b sum_k p_k B_bk / sum_c B_ck`, `e_b ~ Exp(1)`: bags rich in the
-    classes drawn weigh more, and the random factor (the Bayesian bootstrap's) makes
+    Bag b gets `w_b ∝ e_b^s sum_k p_k B_bk / sum_c B_ck`, `e_b ~ Exp(1)`: bags rich in
+    the classes drawn weigh more, and the random factor (the Bayesian bootstrap's) makes
     every mixture another one. Of bags that hold a single class each, such as bags of
-    one example, the mixture has almost the given prevalences; the exact prevalences
-    of any mixture are `weights @ bag_prevalences`.
+    one example, the mixture has almost the given prevalences if s is one; the exact
+    prevalences of any mixture are `weights @ bag_prevalences`.
+
+    Of each mixture s ~ U(1, sharpness): the larger, the fewer bags have nearly all of
+    its weight (of 256, about 128 where s is one and ten where it is five), and the more
+    its prevalences tell of each of them.
 
     Args:
         key: PRNG key.
         bag_prevalences: B [num_bags, K].
         prevalences: p [num_mixtures, K], those to aim at.
+        sharpness: 1 or more.
 
     Returns:
         Weights [num_mixtures, num_bags]; each row sums to one.
     """
     share = bag_prevalences / jnp.maximum(bag_prevalences.sum(0), 1e-9)  # [bag, class]
     noise = jax.random.exponential(key, (len(prevalences), len(bag_prevalences)))
+    if sharpness > 1:
+        power_key = jax.random.fold_in(key, 0)
+        noise **= jax.random.uniform(
+            power_key, (len(prevalences), 1), minval=1, maxval=sharpness
+        )
     weights = noise * (prevalences @ share.T)
     # All classes aimed at may be absent from the batch.
     weights = weights + 1e-9 * noise

@@ -12,10 +12,10 @@ bags. Published errors of `histnetq_ae`: AE 0.0060; of `histnetq_rae`: RAE 0.159
 An epoch encodes 250,000 images. `--config.training.num_steps=5000` stops after twenty.
 
 `histnetq_mixtures` has the same network, images, validation and test bags, but learns
-in our way: linear binning, 512 single images a step (mirrored and shifted by up to two
-pixels) that serve 64 exact mixtures of uniform prevalences, a learning rate of 3e-3
-that falls to zero, and, for `rae`, absolute errors first. Its run encodes three million
-images.
+in our way: linear binning, 256 single images a step (mirrored and shifted by up to two
+pixels) that serve 64 exact mixtures of uniform prevalences, some of few images, a
+learning rate of 3e-3 that falls to zero, and, for `rae`, absolute errors first. Its run
+encodes one and a half million images.
 """
 
 from ml_collections import ConfigDict
@@ -88,10 +88,11 @@ def get_config(variant: str = "histnetq_ae") -> ConfigDict:
     if model == MIXTURES:
         config.model.histogram.name = "LinearHistogram"
         config.task.update(
-            num_bags=512,
+            num_bags=256,
             bag_size=1,
             evaluation_bag_size=500,
             mixed_bags=64,
+            mixture_sharpness=5.0,
             protocol="uniform",
             max_shift=2,
             flip=True,

@@ -79,6 +79,8 @@ class Quantification(PrevalenceTask):
       evaluation_bag_size: examples a bag of validation and test; None: `bag_size`.
       mixed_bags: mixtures a step, aimed at prevalences by `protocol`; 0: the step
         learns from the bags as they are.
+      mixture_sharpness: 1 or more; some mixtures are made of few examples, see
+        `data.samplers.mixture_weights`.
       warmup_loss: the loss of the first `warmup_steps`.
       warmup_steps: see `PrevalenceTask`.
       validation_bags: number of bags of an evaluation during training.
@@ -106,6 +108,7 @@ class Quantification(PrevalenceTask):
     evaluation_bag_size: int | None = None
     replace: bool = True
     mixed_bags: int = 0
+    mixture_sharpness: float = 1.0
     warmup_loss: str = "absolute_error"
     warmup_steps: int = 0
     validation_bags: int = 300
@@ -139,6 +142,10 @@ class Quantification(PrevalenceTask):
         if not self.concentration > 0:
             raise ValueError(f"concentration must be > 0, not {self.concentration}")
         supervised.check_not_negative(self, "mixed_bags", "warmup_steps", "max_shift")
+        if not self.mixture_sharpness >= 1:
+            raise ValueError(
+                f"mixture_sharpness must be 1 or more, not {self.mixture_sharpness}"
+            )
         self.check_measures()
         images = len(self.dataset.spec.feature_shape) == 3
         if (self.max_shift or self.flip) and not images:
@@ -212,7 +219,9 @@ class Quantification(PrevalenceTask):
             targets = self._draw_prevalences(
                 target_key, self.protocol, self.mixed_bags, self.bag_size
             )
-            weights = mixture_weights(weight_key, prevalence, targets)
+            weights = mixture_weights(
+                weight_key, prevalence, targets, self.mixture_sharpness
+            )
             if pools_linearly(self.model):
                 batch["weights"] = weights
                 batch["prevalence"] = weights @ prevalence
