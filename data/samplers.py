@@ -501,7 +501,7 @@ def mixture_weights(
     prevalences of any mixture are `weights @ bag_prevalences`.
 
     Of each mixture s ~ U(1, sharpness): the larger, the fewer bags have nearly all of
-    its weight (of 256, about 128 where s is one and ten where it is five), and the more
+    its weight (of 256, about 128 where s is one, seven where it is five), and the more
     its prevalences tell of each of them.
 
     Args:

@@ -7,7 +7,7 @@ section 4.1.2. For text that is an embedding of 100, a layer of 30 with tanh, th
 and one output: 4,061 parameters for ten digits, and 4,161 with the official vocabulary
 of eleven, in which padding has an embedding. Both learn by Adam with a learning rate of
 1e-3 that falls to zero (officially constant; text 1e-4), from fresh sets all the time:
-text from about as many as officially, MNIST from a fifth, of images of which there are
+text from about as many as officially, MNIST from a tenth, of images of which there are
 twenty deformed copies (the paper's MNIST8m has 134).
 """
 
@@ -28,7 +28,7 @@ def get_config(variant: str = "text") -> ConfigDict:
     else:
         config.dataset = dict(name="ImageDigitSums", examples="mnist", num_deformed=20)
         layer = phi = dict(name="MLP", hidden_sizes=(300, 100), features=30)
-        num_steps = 120_000
+        num_steps = 60_000
     layer.update(activation="tanh", activate_output=True)
     config.model = dict(
         name="DeepSets",
