@@ -49,6 +49,8 @@ class DeepSets(nn.Module):
         features: jax.Array,
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
+        *,
+        train: bool = False,
     ) -> jax.Array:
         """Features [bag, element, f] -> representation [bag, r]."""
         return aggregate(features, mask, self.aggregation, weights)

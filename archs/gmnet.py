@@ -278,6 +278,8 @@ class GMNet(nn.Module):
         features: jax.Array,
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
+        *,
+        train: bool = False,
     ) -> jax.Array:
         """Densities [bag, element, L * G] -> their mean [bag, L * G]."""
         return mean_pool(features, mask, weights)

@@ -12,7 +12,7 @@ from archs import quantification as measures_of
 from experiments import baselines, loop, metrics
 from experiments.optimizers import Optimizer
 from experiments.progress import Progress
-from experiments.tasks import Quantification, quantification_report
+from experiments.tasks import Quantification, prevalence, quantification_report
 
 TRAINING = loop.Training(num_steps=200, steps_per_call=20, log_every=20, eval_every=100)
 ENCODER = archs.MLP((8,), 4, 0.1)
@@ -232,6 +232,37 @@ def test_mixtures_of_single_examples_serve_every_pooling(vectors, aggregation):
             jax.tree.leaves(state.params), jax.tree.leaves(after.params), strict=True
         )
     )
+
+
+def test_a_set_transformer_learns_from_mixtures_with_dropout(vectors):
+    model = archs.SetTransformer(
+        archs.PrevalenceHead((), 3),
+        hidden_size=8,
+        num_heads=2,
+        num_layers=1,
+        num_inducing_points=2,
+        dropout_rate=0.5,
+    )
+    fields = {"num_bags": 12, "bag_size": 1, "mixed_bags": 4, "evaluation_bag_size": 5}
+    task = quantification(vectors, model, **fields)
+    state, batch = first_state(task), first_batch(task)
+
+    @jax.jit
+    def estimate(seed):
+        return model.apply(
+            state.variables,
+            batch,
+            train=True,
+            rngs={"dropout": jax.random.key(seed)},
+            method=prevalence.bags_or_mixtures,
+        )
+
+    assert batch["elements"].shape == (4, 5)
+    assert np.abs(estimate(0) - estimate(1)).max() > 1e-3
+    after, row = jax.jit(task.train_step)(state, batch, jax.random.key(2))
+    assert np.isfinite(row["absolute_error"][0])
+    moved = jax.tree.map(lambda a, b: (a != b).any(), state.params, after.params)
+    assert all(jax.tree.leaves(moved["PMA_0"]))
 
 
 # Training and evaluation.
