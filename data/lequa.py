@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.bags import TOLERANCE, Bags
-from data.datasets import DataError, Dataset, Spec, _cache_dir
+from data.datasets import DataError, Dataset, Spec, cache_dir
 
 RECORDS = {2022: 6546188, 2024: 11661820}
 CITATIONS = {
@@ -204,7 +204,7 @@ class _Reader:
             )
         self.root = Path(options.source_dir).expanduser().absolute()
         self.public = self.root / options.task / "public"
-        self.cache = _cache_dir(options.data_dir) / "lequa"
+        self.cache = cache_dir(options.data_dir) / "lequa"
 
     def _remedy(self, archive: str) -> str:
         task = self.options.task
