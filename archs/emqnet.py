@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .contracts import check_mask, check_weights, present
+from .contracts import check_mask, check_weights, present, zero_absent
 from .encoders import Classifier, encode_elements
 from .precision import widen
 
@@ -105,9 +105,8 @@ class EMQNet(nn.Module):
         count = jnp.ones((), features.dtype) if weights is None else weights
         real = present(mask, weights)
         if real is not None:
-            # What an absent element holds, NaN included, is not read.
             count = jnp.where(real, count, 0)
-            features = jnp.where(real[..., None], features, 0)
+        features = zero_absent(features, real)
         count = jnp.broadcast_to(count, features.shape[:-1]).astype(features.dtype)
         likelihood = jnp.exp(features - features.max(-1, keepdims=True))
         pseudo_count = nn.softplus(self.pseudo_count)
