@@ -26,18 +26,17 @@ ends. Where this departs from the published code:
 
 from ml_collections import ConfigDict
 
+from experiments.variants import check_variant
+
 MODELS = ("histnetq", "deepsets", "set_transformer", "gmnet")
 NUM_CLASSES = {"t1a": 2, "t1b": 28, "t1": 2, "t2": 28, "t3": 5, "t4": 2}
+VARIANTS = tuple(f"{model}_{task}" for model in MODELS for task in NUM_CLASSES)
 
 
 def get_config(variant: str = "histnetq_t1a") -> ConfigDict:
     """The config of a variant `MODEL_TASK`."""
+    check_variant(variant, VARIANTS)
     model, _, task = variant.rpartition("_")
-    if model not in MODELS or task not in NUM_CLASSES:
-        raise ValueError(
-            f"there is no variant {variant!r}: MODEL_TASK with MODEL one of "
-            f"{', '.join(MODELS)} and TASK one of {', '.join(NUM_CLASSES)}"
-        )
     gmnet = model == "gmnet"
     binary = NUM_CLASSES[task] == 2
     ordinal = task == "t3"

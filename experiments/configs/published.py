@@ -20,6 +20,8 @@ images.
 
 from ml_collections import ConfigDict
 
+from experiments.variants import check_variant
+
 POOLINGS = {
     "deepsets_mean": "mean",
     "deepsets_median": "lower_median",
@@ -28,17 +30,14 @@ POOLINGS = {
 MIXTURES = "histnetq_mixtures"
 MODELS = ("histnetq", *POOLINGS, "set_transformer", MIXTURES)
 LOSSES = {"ae": "absolute_error", "rae": "relative_absolute_error"}
+VARIANTS = tuple(f"{model}_{loss}" for model in MODELS for loss in LOSSES)
 EPOCH = 250
 
 
 def get_config(variant: str = "histnetq_ae") -> ConfigDict:
     """The config of a variant `MODEL_LOSS`."""
+    check_variant(variant, VARIANTS)
     model, _, loss = variant.rpartition("_")
-    if model not in MODELS or loss not in LOSSES:
-        raise ValueError(
-            f"there is no variant {variant!r}: MODEL_LOSS with MODEL one of "
-            f"{', '.join(MODELS)} and LOSS one of {', '.join(LOSSES)}"
-        )
     config = ConfigDict()
     config.dataset = dict(name="fashion_mnist", validation_fraction=1 / 6)
     config.task = dict(
