@@ -338,7 +338,7 @@ class _Reader:
         return {"inputs": inputs, "prevalence": prevalence}
 
     def _labelled(self) -> tuple[Path, np.memmap]:
-        """Labelled documents: their first file, [file, document, label and features]."""
+        """The first file, and the labelled documents [file, document, 1 + d]."""
         if self.options.task == "T3":
             path = self._existing(self.public / "training_prevalences.txt")
             count = len(read_prevalences(path))
