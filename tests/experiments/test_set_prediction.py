@@ -276,6 +276,27 @@ def test_a_model_that_breaks_a_contract_is_named(by_element):
 # The report.
 
 
+def test_sets_alike_in_size_are_learned_from_as_all_are():
+    """Padding is cut off to a size of `size_buckets`: gradients stay what they are."""
+    dataset = data.GaussianMixtures(2, 10, num_components=3)
+    task = set_prediction(deepsets(15, "mean"), dataset, objective="mixture")
+    optimizer = Optimizer(name="sgd", learning_rate=1.0)
+    task = dataclasses.replace(task, optimizer=optimizer)
+    state = first_state(task)
+    batch = jax.jit(task.sample)(jax.random.key(0), 0, task.arrays)
+    plain = jax.jit(super(SetPrediction, task).train_step)
+    cut = jax.jit(task.train_step)
+    for largest in (2, 5, 10):
+        mask = batch["mask"] & (jnp.arange(10) < largest)
+        given = state, batch | {"mask": mask}, jax.random.key(1)
+        found, expected = cut(*given), plain(*given)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            found,
+            expected,
+        )
+
+
 def test_measures_by_size():
     sizes = np.array([3, 1, 3, 2])
     values = {"error": np.array([1.0, 5.0, 2.0, np.nan])}
