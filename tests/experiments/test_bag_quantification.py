@@ -441,8 +441,8 @@ def test_variants_are_whole_configs(model, task):
 
 
 # The authors' networks have 29.77, 10.68 and 14.19 million. Their histogram keeps some
-# 40 thousand fixed numbers as weights of convolutions; of SetTransformer a layer is left
-# out, and the blocks are the paper's.
+# 40 thousand fixed numbers as weights of convolutions; of SetTransformer a layer is
+# left out, and the blocks are the paper's.
 PARAMETERS = {
     "histnetq": 29_724_974,
     "deepsets": 10_678_574,
