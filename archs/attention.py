@@ -491,9 +491,9 @@ class MultiHeadAttention(nn.Module):
                 "hidden_size must be a multiple of num_heads, but they are "
                 f"{self.hidden_size} and {self.num_heads}."
             )
-        self.query = _Affine(self.hidden_size)
-        self.key = _Affine(self.hidden_size)
-        self.value = _Affine(self.hidden_size)
+        self.query = Affine(self.hidden_size)
+        self.key = Affine(self.hidden_size)
+        self.value = Affine(self.hidden_size)
         self.out = nn.Dense(
             self.hidden_size,
             kernel_init=nn.initializers.xavier_uniform(),
@@ -644,16 +644,24 @@ class MultiHeadAttention(nn.Module):
         return self.out(contexts.swapaxes(1, 2).reshape(batch, time, self.hidden_size))
 
 
-class _Affine(nn.Module):
-    """The kernel [fan_in, features] and the bias [features] of a dense layer."""
+class Affine(nn.Module):
+    """The kernel [fan_in, features] and the bias [features] of a dense layer.
+
+    Attributes:
+      features: the width of the output.
+      kernel_init: initialiser of the kernel.
+      bias_init: initialiser of the bias.
+    """
 
     features: int
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, fan_in: int) -> tuple[jax.Array, jax.Array]:
-        init = nn.initializers.xavier_uniform()
-        kernel = self.param("kernel", init, (fan_in, self.features))
-        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
+        """The kernel and the bias, which are parameters."""
+        kernel = self.param("kernel", self.kernel_init, (fan_in, self.features))
+        return kernel, self.param("bias", self.bias_init, (self.features,))
 
 
 def from_torch(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

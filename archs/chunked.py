@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .contracts import check_set, check_weights, present
+from .precision import wide_dtype
 
 
 def apply_in_chunks(
@@ -174,7 +175,7 @@ def _represent(
     counted = jnp.ones(inputs.shape[:2]) if weights is None else weights
     if mask is not None:
         counted = jnp.where(mask, counted, 0)
-    total = jnp.sum(counted, axis=1, dtype=jnp.promote_types(counted.dtype, "float32"))
+    total = jnp.sum(counted, axis=1, dtype=wide_dtype(counted))
     return model.aggregate(features, mask, weights), total
 
 

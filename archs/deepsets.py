@@ -16,9 +16,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from .contracts import check_set, check_weights, present
+from .contracts import check_set, check_weights, present, zero_absent
 from .encoders import dense, encode_elements
 from .pooling import aggregate, merge_aggregates
 
@@ -49,6 +48,8 @@ class DeepSets(nn.Module):
         features: jax.Array,
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
+        *,
+        train: bool = False,
     ) -> jax.Array:
         """Features [bag, element, f] -> representation [bag, r]."""
         return aggregate(features, mask, self.aggregation, weights)
@@ -126,12 +127,10 @@ class EquivariantLayer(nn.Module):
         check_set(x, mask)
         check_weights(weights, x.shape[:2])
         real = present(mask, weights)
-        if real is not None:
-            x = jnp.where(real[..., None], x, 0)
+        x = zero_absent(x, real)
         pooled = aggregate(x, mask, self.aggregation, weights)
         own = dense(self.features, x.shape[-1], dtype=self.dtype)(x)
         shared = dense(
             self.features, pooled.shape[-1], dtype=self.dtype, use_bias=False
         )(pooled)
-        y = own + shared[:, None]
-        return y if real is None else jnp.where(real[..., None], y, 0)
+        return zero_absent(own + shared[:, None], real)

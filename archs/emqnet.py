@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .contracts import check_mask, check_weights, present
+from .contracts import check_mask, check_weights, present, zero_absent
 from .encoders import Classifier, encode_elements
 from .precision import widen
 
@@ -88,6 +88,8 @@ class EMQNet(nn.Module):
         features: jax.Array,
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
+        *,
+        train: bool = False,
     ) -> jax.Array:
         """Log-posteriors [bag, element, K] -> prevalences [bag, K].
 
@@ -103,9 +105,8 @@ class EMQNet(nn.Module):
         count = jnp.ones((), features.dtype) if weights is None else weights
         real = present(mask, weights)
         if real is not None:
-            # What an absent element holds, NaN included, is not read.
             count = jnp.where(real, count, 0)
-            features = jnp.where(real[..., None], features, 0)
+        features = zero_absent(features, real)
         count = jnp.broadcast_to(count, features.shape[:-1]).astype(features.dtype)
         likelihood = jnp.exp(features - features.max(-1, keepdims=True))
         pseudo_count = nn.softplus(self.pseudo_count)
@@ -117,7 +118,8 @@ class EMQNet(nn.Module):
             p = jnp.einsum("...mk,...m->...k", joint, share) + pseudo_count
             return p / p.sum(-1, keepdims=True), None
 
-        start = jnp.full_like(features[..., 0, :], 1 / self.num_classes)
+        shape = (*features.shape[:-2], self.num_classes)
+        start = jnp.full(shape, 1 / self.num_classes, features.dtype)
         return jax.lax.scan(step, start, None, length=self.num_steps)[0]
 
     def decode(self, representation: jax.Array, *, train: bool = False) -> jax.Array:
@@ -144,7 +146,8 @@ class EMQNet(nn.Module):
           Prevalences [bag, K], each row summing to one.
 
         Raises:
-          ValueError, TypeError: see `contracts.check_set`.
+          ValueError, TypeError: see `contracts.check_set` and `check_weights`.
         """
-        features = self.encode(inputs, mask, train=train)
+        check_weights(weights, inputs.shape[:2])
+        features = self.encode(inputs, present(mask, weights), train=train)
         return self.decode(self.aggregate(features, mask, weights), train=train)

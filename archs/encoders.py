@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .contracts import check_set
+from .contracts import check_set, zero_absent
 from .convolution import convolve
 from .dropout import Dropout
 
@@ -254,9 +254,7 @@ def encode_elements(
       ValueError, TypeError: see `check_set`.
     """
     check_set(inputs, mask)
-    if mask is not None:
-        real = mask.reshape(mask.shape + (1,) * (inputs.ndim - 2))
-        inputs = jnp.where(real, inputs, 0)
+    inputs = zero_absent(inputs, mask)
     flat = inputs.reshape(math.prod(inputs.shape[:2]), *inputs.shape[2:])
     features = encoder(flat, train=train)
     return features.reshape(*inputs.shape[:2], *features.shape[1:])

@@ -60,6 +60,8 @@ class EquivariantNetwork(nn.Module):
         features: jax.Array,
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
+        *,
+        train: bool = False,
     ) -> jax.Array:
         """Features [bag, element, d] -> [bag, element, f] or, pooled, [bag, r].
 

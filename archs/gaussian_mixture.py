@@ -19,7 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .contracts import check_mask, check_weights, present
+from .contracts import check_mask, check_weights, present, zero_absent
+from .precision import widen
 
 
 class GaussianMixture(NamedTuple):
@@ -61,7 +62,7 @@ def mixture_parameters(
             "output must have shape [set, k, 1 + 2d] (a weight, d means and d standard "
             f"deviations of each component), but its shape is {output.shape}."
         )
-    output = output.astype(jnp.promote_types(output.dtype, jnp.float32))
+    output = widen(output)
     d = output.shape[-1] // 2
     return GaussianMixture(
         log_weights=jax.nn.log_softmax(output[..., 0]),
@@ -250,12 +251,12 @@ def _elements(
         )
     check_mask(mask, x.shape[:2])
     check_weights(weights, x.shape[:2])
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = widen(x)
     real = present(mask, weights)
     if real is None:
         return x, jnp.ones(x.shape[:2], x.dtype)
     counts = jnp.where(real, 1 if weights is None else weights, 0).astype(x.dtype)
-    return jnp.where(real[..., None], x, 0), counts
+    return zero_absent(x, real), counts
 
 
 def _joint(mixture: GaussianMixture, x: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .contracts import check_weights, present
+from .contracts import check_weights, present, zero_absent
 from .encoders import MLP, encode_elements
 from .pooling import mean_pool, merge_aggregates
 from .precision import widen
@@ -71,9 +71,7 @@ def centered_kernel_alignment(
 def _alignments(spaces: Sequence[jax.Array], mask: jax.Array | None) -> jax.Array:
     """Linear CKA of every pair of representations [element, d_i], [space, space]."""
     x = widen(jnp.concatenate(spaces, axis=-1))
-    x = x - mean_pool(x, mask)
-    if mask is not None:
-        x = jnp.where(mask[:, None], x, 0)
+    x = zero_absent(x - mean_pool(x, mask), mask)
     covariance = jnp.matmul(x.T, x, precision="highest")  # of all pairs at once
     member = np.repeat(np.eye(len(spaces)), [space.shape[-1] for space in spaces], 0)
     squares = member.T @ covariance**2 @ member  # the squared norms of its blocks
@@ -278,6 +276,8 @@ class GMNet(nn.Module):
         features: jax.Array,
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
+        *,
+        train: bool = False,
     ) -> jax.Array:
         """Densities [bag, element, L * G] -> their mean [bag, L * G]."""
         return mean_pool(features, mask, weights)

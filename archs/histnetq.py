@@ -76,6 +76,8 @@ class HistNetQ(nn.Module):
         features: jax.Array,
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
+        *,
+        train: bool = False,
     ) -> jax.Array:
         """Values [bag, element, f] -> histograms side by side, [bag, f * num_bins]."""
         histogram = self.histogram(features, mask, weights)  # [bag, f, num_bins]

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .contracts import check_mask, check_weights, present
-from .precision import widen
+from .precision import wide_dtype, widen
 
 # One-hot votes held at a time, where they are summed instead of scattered.
 _MAX_DENSE_SIZE = 2**24
@@ -53,9 +53,8 @@ def _multiplicities(
     counted = present(mask, weights)
     if counted is None:
         return None
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
     weights = 1 if weights is None else weights
-    return jnp.where(counted, jnp.asarray(weights, dtype), 0)
+    return jnp.where(counted, jnp.asarray(weights, wide_dtype(x)), 0)
 
 
 def _zeroed(x: jax.Array, weights: jax.Array | None) -> jax.Array:

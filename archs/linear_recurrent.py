@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .precision import widen
+from .precision import wide_dtype, widen
 
 
 def linear_recurrence(
@@ -148,7 +148,7 @@ class _LinearCell(nn.Module):
             ),
             exception_type=TypeError,
         )
-        return self.dtype or jnp.promote_types(inputs.dtype, jnp.float32)
+        return self.dtype or wide_dtype(inputs)
 
     def _narrow(self, state: jax.Array, dtype: Any) -> jax.Array:
         return state.astype(dtype)

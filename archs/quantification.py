@@ -17,7 +17,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from .contracts import check_mask
+from .contracts import check_mask, zero_absent
 from .pooling import mean_pool
 
 
@@ -222,7 +222,7 @@ def expectation_maximization(
         mask = jnp.ones(posteriors.shape[:-1], bool)
     tiny = jnp.finfo(posteriors.dtype).tiny
     # Padding may hold NaN; a class without training examples has no likelihood.
-    posteriors = jnp.where(mask[..., None], posteriors, 0)
+    posteriors = zero_absent(posteriors, mask)
     seen = train_prevalence > 0
     likelihood = jnp.where(seen, posteriors / jnp.where(seen, train_prevalence, 1), 0)
 

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from .attention import attend
+from .attention import Affine, attend
 from .contracts import check_set, check_weights, present, zero_absent
 from .dropout import Dropout
 from .encoders import dense, encode_elements, uniform_fan_in
@@ -225,9 +225,14 @@ class MAB(nn.Module):
         if clean:
             keys = _normalize(self, "key_norm", keys, mask, weights)
             queries = queries if shared else norm("query_norm", queries)
-        w_q, b_q = _Affine(size, name="query")(queries.shape[-1])
-        w_k, b_k = _Affine(size, name="key")(keys.shape[-1])
-        w_v, b_v = _Affine(size, name="value")(keys.shape[-1])
+
+        def affine(name: str, fan_in: int) -> tuple[jax.Array, jax.Array]:
+            init = uniform_fan_in(fan_in)
+            return Affine(size, init, init, name=name)(fan_in)
+
+        w_q, b_q = affine("query", queries.shape[-1])
+        w_k, b_k = affine("key", keys.shape[-1])
+        w_v, b_v = affine("value", keys.shape[-1])
         residual, queries, keys, w_q, b_q, w_k, b_k, w_v, b_v = promote_dtype(
             residual, queries, keys, w_q, b_q, w_k, b_k, w_v, b_v, dtype=self.dtype
         )
@@ -511,18 +516,6 @@ _MAB_FIELDS = ("hidden_size", "num_heads", "normalization", "block", "dtype")
 
 def _mab(module: nn.Module) -> MAB:
     return MAB(**{name: getattr(module, name) for name in _MAB_FIELDS})
-
-
-class _Affine(nn.Module):
-    """The kernel [fan_in, features] and the bias [features] of a dense layer."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, fan_in: int) -> tuple[jax.Array, jax.Array]:
-        init = uniform_fan_in(fan_in)
-        kernel = self.param("kernel", init, (fan_in, self.features))
-        return kernel, self.param("bias", init, (self.features,))
 
 
 def _points(module: nn.Module, name: str, number: int, size: int) -> jax.Array:

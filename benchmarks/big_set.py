@@ -3,21 +3,20 @@
     python -m benchmarks.big_set [--elements 1_000_000 10_000_000] [--chunk_size 8192]
 
 The elements are drawn chunk by chunk and never held together. Every size has a process
-of its own. "Peak" is the largest resident memory of the process, libraries included;
-"all elements" is what the elements alone would take. Linux only. Run it on an idle
-machine.
+of its own, see `benchmarks.processes`. "Peak" is the largest resident memory of the
+process, libraries included; "all elements" is what the elements alone would take. Linux
+only. Run it on an idle machine.
 """
 
 import argparse
-import json
 import os
 import platform
 import resource
-import subprocess
-import sys
 import time
 
 import numpy as np
+
+from benchmarks.processes import answer, run_apart
 
 FEATURES = 64
 HIDDEN_SIZES, CODES, NUM_BINS, HEAD_SIZES, NUM_CLASSES = (128,), 64, 32, (256,), 10
@@ -58,17 +57,6 @@ def measure(elements: int, chunk_size: int) -> dict[str, float]:
     return {"seconds": seconds, "peak": peak}
 
 
-def in_process(elements: int, chunk_size: int) -> dict[str, float]:
-    """Runs `measure` in a fresh process."""
-    out = subprocess.run(
-        [sys.executable, "-m", "benchmarks.big_set", "--measure"]
-        + [json.dumps([elements, chunk_size])],
-        check=True,
-        stdout=subprocess.PIPE,
-    )
-    return json.loads(out.stdout)
-
-
 def row(elements: int, result: dict[str, float]) -> str:
     cells = [
         f"{elements:,}",
@@ -89,7 +77,7 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(*json.loads(args.measure))))
+        answer(args.measure, {"bag": measure})
         return
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} "
@@ -100,7 +88,8 @@ def main() -> None:
     print(f"| {' | '.join(header)} |")
     print("|" + "---|" * len(header))
     for elements in args.elements:
-        print(row(elements, in_process(elements, args.chunk_size)), flush=True)
+        result = run_apart(__spec__.name, "bag", elements, args.chunk_size)
+        print(row(elements, result), flush=True)
 
 
 if __name__ == "__main__":

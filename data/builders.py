@@ -473,7 +473,7 @@ def _download(url: str, path: Path, config: ArchsConfig, remedy: str) -> None:
 
     part = path.with_suffix(".part")
     try:
-        with _connect(url) as response, open(part, "wb") as file:
+        with connect(url) as response, open(part, "wb") as file:
             for chunk in response.iter_content(1 << 20):
                 file.write(chunk)
     except requests.RequestException as e:
@@ -482,7 +482,7 @@ def _download(url: str, path: Path, config: ArchsConfig, remedy: str) -> None:
     part.rename(path)
 
 
-def _connect(url: str):
+def connect(url: str):
     """A streaming response, or an error within 8 seconds.
 
     The time-outs of requests are per address and leave out the name look-up, hence the
@@ -542,7 +542,7 @@ def _prepare_tfds(name, data_dir, source_dir, download):
             name.removeprefix("tfds:"), data_dir=data_dir, file_format="array_record"
         )
         for url in list(builder.url_infos or {})[:1]:
-            _connect(url).close()
+            connect(url).close()
         downloader.MAX_RETRIES = 0  # ten of them take minutes without a network
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=source_dir)

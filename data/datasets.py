@@ -133,7 +133,7 @@ def load(
 
     from data import builders  # tensorflow-datasets is slow to import
 
-    builder = builders.prepared(name, _cache_dir(data_dir), source_dir, download)
+    builder = builders.prepared(name, cache_dir(data_dir), source_dir, download)
     info = builder.info
     input_key, label_key = _supervised_keys(name, info)
     splits = {
@@ -180,7 +180,8 @@ def load(
     return Dataset(spec, splits, np.asarray(shift), np.asarray(scale))
 
 
-def _cache_dir(data_dir: str | os.PathLike | None) -> Path:
+def cache_dir(data_dir: str | os.PathLike | None) -> Path:
+    """Where prepared data is kept: `data_dir` or, if None, as `load` says."""
     if data_dir is None:
         data_dir = os.environ.get("TFDS_DATA_DIR")
     if not data_dir:

@@ -59,7 +59,9 @@ class GaussianMixtures:
     def size_buckets(self) -> tuple[int, ...]:
         """Sizes to pad sets to learn from to: fifths of the largest."""
         sizes = (math.ceil(self.max_size * fifth / 5) for fifth in range(1, 6))
-        return tuple(size for size in sizes if size >= self.min_size)
+        # No less than there are components, of which none may be cut off.
+        least = max(self.min_size, self.num_components)
+        return tuple(size for size in sizes if size >= least)
 
     @property
     def spec(self) -> Spec:

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.bags import TOLERANCE, Bags
-from data.datasets import DataError, Dataset, Spec, _cache_dir
+from data.datasets import DataError, Dataset, Spec, cache_dir
 
 RECORDS = {2022: 6546188, 2024: 11661820}
 CITATIONS = {
@@ -69,6 +69,8 @@ class LeQua:
         source_dir: the folder that the archives were unpacked in: it holds TASK/public.
         data_dir: where the .npy files are kept; the default is that of `data.load`.
         validation_bags: how many of the development bags; the others are to learn from.
+        training_bags: of T3, whether its bags of labelled documents are in the train
+            split, too, with their prevalences.
         standardize: inputs of mean 0 and standard deviation 1 in each feature of the
             bags to learn from; None: for the tasks of 2024, as published with HistNetQ.
         split_seed: chooses the validation bags.
@@ -81,6 +83,7 @@ class LeQua:
     source_dir: str | os.PathLike | None = None
     data_dir: str | os.PathLike | None = None
     validation_bags: int = 300
+    training_bags: bool = False
     standardize: bool | None = None
     split_seed: int = 0
 
@@ -89,6 +92,11 @@ class LeQua:
             raise DataError(
                 f"task must be one of {', '.join(TASKS)}, not {self.task!r}; T2A and "
                 "T2B are documents as text, which are not read here."
+            )
+        if self.training_bags and self.task != "T3":
+            raise DataError(
+                f"training_bags must be False for {self.task}: only T3 has its "
+                "labelled documents in bags."
             )
         object.__setattr__(self, "_bags", _Reader(self).bags())
 
@@ -204,7 +212,7 @@ class _Reader:
             )
         self.root = Path(options.source_dir).expanduser().absolute()
         self.public = self.root / options.task / "public"
-        self.cache = _cache_dir(options.data_dir) / "lequa"
+        self.cache = cache_dir(options.data_dir) / "lequa"
 
     def _remedy(self, archive: str) -> str:
         task = self.options.task
@@ -245,6 +253,12 @@ class _Reader:
             }
             for name, part in parts.items()
         }
+        if self.options.training_bags:
+            added = self._training_bags(inputs.shape[1:], num_classes)
+            splits["train"] = {
+                name: np.concatenate([values, added[name]])
+                for name, values in splits["train"].items()
+            }
         splits |= self._test_split(inputs.shape[1:], num_classes)
         shift, scale = self._normalization(splits["train"]["inputs"])
         record = f"https://zenodo.org/records/{RECORDS[self.edition]}"
@@ -311,7 +325,20 @@ class _Reader:
             )
         return {"test": {"inputs": inputs, **split}}
 
-    def _documents(self, spec: Spec, shift: np.ndarray, scale: np.ndarray) -> Dataset:
+    def _training_bags(self, shape: tuple[int, ...], num_classes: int) -> dict:
+        path = self.public / "training_prevalences.txt"
+        prevalence = read_prevalences(self._existing(path)).astype(np.float32)
+        inputs = self._labelled()[1][..., 1:]
+        found = (*inputs.shape[1:], prevalence.shape[1])
+        if found != (*shape, num_classes):
+            raise DataError(
+                f"{path}: the documents, dimensions and classes of training bags are "
+                f"{found}, those of the development bags {(*shape, num_classes)}."
+            )
+        return {"inputs": inputs, "prevalence": prevalence}
+
+    def _labelled(self) -> tuple[Path, np.memmap]:
+        """The first file, and the labelled documents [file, document, 1 + d]."""
         if self.options.task == "T3":
             path = self._existing(self.public / "training_prevalences.txt")
             count = len(read_prevalences(path))
@@ -321,11 +348,14 @@ class _Reader:
             files = [self.public / "training_data.txt"]
         for file in files:
             self._existing(file)
-        table = self._parsed("training", files, labelled=True)
+        return files[0], self._parsed("training", files, labelled=True)
+
+    def _documents(self, spec: Spec, shift: np.ndarray, scale: np.ndarray) -> Dataset:
+        file, table = self._labelled()
         columns = table.shape[2]
         if columns - 1 != spec.feature_shape[0]:
             raise DataError(
-                f"{files[0]}: documents have {columns - 1} dimensions, those of "
+                f"{file}: documents have {columns - 1} dimensions, those of "
                 f"dev_samples {spec.feature_shape[0]}."
             )
         bag = np.repeat(np.arange(table.shape[0], dtype=np.int32), table.shape[1])
@@ -335,7 +365,7 @@ class _Reader:
             0 <= labels.min() <= labels.max() < spec.num_classes
         ):
             raise DataError(
-                f"{files[0]}: labels must be whole numbers between 0 and "
+                f"{file}: labels must be whole numbers between 0 and "
                 f"{spec.num_classes - 1}."
             )
         order = np.random.default_rng(self.options.split_seed).permutation(len(labels))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data import originals, samplers, sequences
-from data.datasets import DataError, Spec, _cache_dir
+from data.datasets import DataError, Spec, cache_dir
 from data.originals import Original
 
 _URL = "https://github.com/multi30k/dataset/raw/master/data/task1/raw/"
@@ -148,7 +148,7 @@ class Multi30k:
         # Whatever the model depends on is in its name.
         made_of = repr((sentencepiece.__version__, sorted(options.items()), lines))
         digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
-        folder = _cache_dir(self.data_dir) / "subwords"
+        folder = cache_dir(self.data_dir) / "subwords"
         path = folder / f"multi30k-en-{self.target_language}-{digest}.model"
         try:
             if not path.exists():

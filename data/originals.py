@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from data.datasets import DataError, _cache_dir
+from data.datasets import DataError, cache_dir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def examples(
     checksums = "".join(original.sha256 for original in originals.values())
     digest = hashlib.sha256(checksums.encode()).hexdigest()[:16]
     folder = f"archs_{name}_{digest}"
-    return builders.published(folder, _cache_dir(data_dir), example, make)
+    return builders.published(folder, cache_dir(data_dir), example, make)
 
 
 def read(
@@ -104,7 +104,7 @@ def read(
         DataError: the file is missing, cannot be downloaded, or is not the published
             one.
     """
-    downloads = _cache_dir(data_dir) / "downloads" / "archs" / dataset
+    downloads = cache_dir(data_dir) / "downloads" / "archs" / dataset
     folder = downloads if source_dir is None else Path(source_dir).expanduser()
     for path in _candidates(original, folder):
         if path.exists():
@@ -148,13 +148,13 @@ def _download(original: Original, folder: Path, remedy: str) -> bytes:
     """A file gets its name only once it is whole and checked."""
     import requests
 
-    from data.builders import _connect
+    from data.builders import connect
 
     path = folder / (original.archive or Path(original.url).name)
     part = path.with_suffix(f"{path.suffix}.{os.getpid()}.part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _connect(original.url) as response, open(part, "wb") as file:
+        with connect(original.url) as response, open(part, "wb") as file:
             for chunk in response.iter_content(1 << 20):
                 file.write(chunk)
         content = _checked(original, part)

@@ -5,7 +5,7 @@ so resuming needs no iterator and everything runs inside the jitted training loo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -440,6 +440,33 @@ def draw_bags(
     else:
         member_words = _random_words(member_key, num_examples, num_bags, num_classes)
     return jax.vmap(draw)(prevalences.astype(jnp.float32), order_words, member_words)
+
+
+def whitened_components(
+    inputs: Mapping[str, np.ndarray], num_components: int
+) -> dict[str, np.ndarray]:
+    """Where examples lie along the principal components of the train split.
+
+    Each component has mean 0 and variance 1 there, as `draw_tilted_bags` expects of
+    positions. Runs on the host, once.
+
+    Args:
+        inputs: {split: [n, *features]}, with "train".
+        num_components: the most components; there are no more than features or
+            examples.
+
+    Returns:
+        {split: float32 [n, d]}.
+    """
+    from sklearn.decomposition import PCA
+
+    flat = {split: values.reshape(len(values), -1) for split, values in inputs.items()}
+    num_components = min(num_components, *flat["train"].shape)
+    fitted = PCA(num_components, whiten=True, random_state=0).fit(flat["train"])
+    return {
+        split: fitted.transform(values).astype(np.float32)
+        for split, values in flat.items()
+    }
 
 
 def draw_tilted_bags(

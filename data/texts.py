@@ -374,10 +374,15 @@ class MovieSentences:
             ]
         }
 
+    @property
+    def sentences(self) -> dict[str, list[tuple[list[str], int]]]:
+        """{split: [(words, class)]}."""
+        return self._read[0]
+
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         """Words of the train split."""
-        train = self._read[0]["train"]
+        train = self.sentences["train"]
         return Vocabulary.of((words for words, _ in train), min_count=self.min_count)
 
     @property
@@ -400,7 +405,7 @@ class MovieSentences:
 
     @functools.cached_property
     def _longest(self) -> int:
-        rows = self._read[0].values()
+        rows = self.sentences.values()
         return max(len(words) for pairs in rows for words, _ in pairs)
 
     # As a `Dataset`: sentences are labelled examples, of which bags may be drawn.
@@ -428,7 +433,7 @@ class MovieSentences:
         [n]}}.
         """
         arrays = {}
-        for split, pairs in self._read[0].items():
+        for split, pairs in self.sentences.items():
             pairs = sorted(pairs, key=lambda pair: len(pair[0]))
             inputs, lengths = sequences.pad(
                 [self.vocabulary.encode(words) for words, _ in pairs]

@@ -47,6 +47,8 @@ MODELS: dict[str, tuple[str, Mapping]] = {
     "DeepSets, mean": ("deepsets", _aggregation("mean")),
     "DeepSets, median": ("deepsets", _aggregation("median")),
     "DeepSets, max": ("deepsets", _aggregation("max")),
+    "GMNet": ("gmnet", {}),
+    "SetTransformer": ("set_transformer", {}),
     "HistNetQ, linear binning, bags as drawn": ("histnetq", {}),
     "HistNetQ, hard binning, bags as drawn": (
         "histnetq",
@@ -160,12 +162,13 @@ def table(runs: list[tuple[str, Path]]) -> str:
         path = workdir / "test_bags.npz"
         if not path.exists():
             raise UserError(f"{path} is missing: run the model first.")
-        config = json.loads((workdir / "config.json").read_text())["task"]
-        epsilon = 1 / (2 * (config["evaluation_bag_size"] or config["bag_size"]))
+        config = json.loads((workdir / "config.json").read_text())
+        model, task = config["model"]["name"], config["task"]
+        epsilon = 1 / (2 * (task["evaluation_bag_size"] or task["bag_size"]))
         with np.load(path) as bags:
             true = bags["true"]
             methods = {
-                (row if name in ("HistNetQ", "DeepSets") else name): bags[name]
+                (row if name == model else name): bags[name]
                 for name in bags.files
                 if name != "true"
             }

@@ -9,6 +9,7 @@ Training is that of `run.py`: the tasks `Quantification`, `LabelledQuantificatio
 """
 
 import contextlib
+import dataclasses
 import io
 import logging
 import math
@@ -53,7 +54,6 @@ HISTNETQ = {
     "histogram": {"name": "LinearHistogram", "num_bins": 16},
     "head": {"name": "PrevalenceHead", "hidden_sizes": (256,)},
 }
-EVALUATIONS = 8
 
 
 class Quantifier(BaseEstimator):
@@ -79,9 +79,12 @@ class Quantifier(BaseEstimator):
       evaluation_bag_size: examples of a bag of validation that `fit` draws, and of a
         mixture where mixtures are bags; about the size of the bags to come.
       protocol: of the prevalences of the bags that `fit` draws, see `Quantification`.
+      task: further fields of the task, such as `noise` of `LabelledQuantification`.
       validation_fraction: share of the examples, or of the bags given to `fit_bags`,
         by which the best checkpoint is chosen.
       validation_bags: bags that `fit` draws from that share of the examples.
+      evaluations: how often, evenly spaced, a checkpoint is evaluated; 1: the last one
+        alone, which is then the best.
       seed: of the split, the initial weights and the batches.
       workdir: keeps checkpoints and metrics; an interrupted fit resumes there. None: a
         temporary folder.
@@ -108,8 +111,10 @@ class Quantifier(BaseEstimator):
         mixed_bags: int = 64,
         evaluation_bag_size: int = 100,
         protocol: str = "uniform",
+        task: Mapping | None = None,
         validation_fraction: float = 0.2,
         validation_bags: int = 300,
+        evaluations: int = 8,
         seed: int = 0,
         workdir: str | os.PathLike | None = None,
     ):
@@ -125,8 +130,10 @@ class Quantifier(BaseEstimator):
         self.mixed_bags = mixed_bags
         self.evaluation_bag_size = evaluation_bag_size
         self.protocol = protocol
+        self.task = task
         self.validation_fraction = validation_fraction
         self.validation_bags = validation_bags
+        self.evaluations = evaluations
         self.seed = seed
         self.workdir = workdir
 
@@ -320,7 +327,9 @@ class Quantifier(BaseEstimator):
     ) -> "Quantifier":
         network = self._network()
         steps_per_call = math.gcd(self.num_steps, 50)
-        every = max(self.num_steps // (EVALUATIONS * steps_per_call), 1)
+        if self.evaluations < 1:
+            raise ValueError(f"evaluations must be 1 or more, not {self.evaluations}")
+        every = max(self.num_steps // (self.evaluations * steps_per_call), 1)
         training = loop.Training(
             num_steps=self.num_steps,
             steps_per_call=steps_per_call,
@@ -336,16 +345,23 @@ class Quantifier(BaseEstimator):
             weight_decay=self.weight_decay,
             ema_decay=0.99,
         )
-        task = make_task(
-            model=network,
-            dataset=dataset,
-            optimizer=optimizer,
-            training=training,
-            loss=self.loss,
-            measures=(),
-            baselines=False,
-            **fields,
-        )
+        fields |= {
+            "model": network,
+            "dataset": dataset,
+            "optimizer": optimizer,
+            "training": training,
+            "loss": self.loss,
+            "measures": (),
+            "baselines": False,
+        }
+        further = {f.name for f in dataclasses.fields(make_task)} - set(fields)
+        unknown = set(self.task or {}) - further
+        if unknown:
+            raise ValueError(
+                f"task: the further fields of {make_task.__name__} are "
+                f"{', '.join(sorted(further))}, not {', '.join(sorted(unknown))}"
+            )
+        task = make_task(**fields, **(self.task or {}))
         progress = Progress(self.num_steps, io.StringIO())
         with self._folder(dataset.splits) as folder, _quiet():
             try:

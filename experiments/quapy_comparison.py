@@ -16,7 +16,10 @@ for every method. All methods see the same features, standardised on the trainin
 QuaPy's methods count what a `LogisticRegression(max_iter=1000)` says, adjusted by
 posteriors of five-fold cross-validation as QuaPy makes them. The networks share an
 encoder and, but for EMQNet, a head; EMQNet learns from the labels of the examples, the
-others from prevalences of mixtures of them.
+others from prevalences of mixtures of them. EMQNet's settings follow the number of
+examples to learn from: for fewer than 1,000 they are those of
+`configs/quantify.py:emqnet_breast_cancer`, a small classifier of examples with noise
+and no calibration; otherwise five classifiers, calibrated from bags.
 
 Results are files in the workdir, one a method, dataset and seed; what is there is not
 repeated. The table ends with a test of significance: see `significance`.
@@ -28,7 +31,6 @@ import json
 import sys
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -80,6 +82,12 @@ EMQNET = {
     "encoder": HISTNETQ["encoder"] | {"dropout_rate": 0.5},
     "num_members": 5,
 }
+FEW_EXAMPLES = 1000
+EMQNET_OF_FEW = {
+    "name": "EMQNet",
+    "encoder": EMQNET["encoder"] | {"hidden_sizes": (64,)},
+    "num_members": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +99,14 @@ class Problem:
       bag_size: examples of a test bag.
       seed: of the split, and of what is random in the method.
       num_steps: training steps of a network.
+      num_examples: to learn from.
     """
 
     num_classes: int
     bag_size: int
     seed: int
     num_steps: int
+    num_examples: int
 
 
 def _network(model: Mapping, **fields) -> Callable[[Problem], Quantifier]:
@@ -106,6 +116,22 @@ def _network(model: Mapping, **fields) -> Callable[[Problem], Quantifier]:
         evaluation_bag_size=problem.bag_size,
         seed=problem.seed,
     )
+
+
+def _emqnet(problem: Problem) -> Quantifier:
+    fields = {
+        "num_steps": 600,
+        "learning_rate": 2e-3,
+        "warmup_steps": 100,
+        "weight_decay": 1.0,
+        "mixed_bags": 32,
+    }
+    if problem.num_examples >= FEW_EXAMPLES:
+        return _network(EMQNET, **fields, validation_fraction=0.1)(problem)
+    # The few examples of the validation share choose no checkpoint: the last is kept.
+    fields |= {"validation_fraction": 0.03, "evaluations": 1}
+    task = {"noise": 0.3, "natural_examples": True, "bag_weight": 0.0}
+    return _network(EMQNET_OF_FEW, **fields, task=task)(problem)
 
 
 def _classifier() -> LogisticRegression:
@@ -123,15 +149,7 @@ METHODS: dict[str, Callable] = {
     "DeepSets": _network(DEEPSETS),
     # Attention costs more than a product of matrices: fewer mixtures a step.
     "SetTransformer": _network(SET_TRANSFORMER, mixed_bags=16),
-    "EMQNet": _network(
-        EMQNET,
-        num_steps=600,
-        learning_rate=2e-3,
-        warmup_steps=100,
-        weight_decay=1.0,
-        mixed_bags=32,
-        validation_fraction=0.1,
-    ),
+    "EMQNet": _emqnet,
     "CC": lambda _: CC(_classifier()),
     "PCC": lambda _: PCC(_classifier()),
     "ACC": lambda _: ACC(_classifier()),
@@ -266,21 +284,10 @@ def load_examples(
 
 
 def _read_sentences(folder: Path | None) -> tuple[np.ndarray, np.ndarray]:
-    if folder is None:
-        raise UserError(f"--text_dir must name the folder of {TEXT}.zip.")
-    path = folder / f"{TEXT}.zip"
-    texts, labels = [], []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for label, kind in enumerate(("neg", "pos")):
-                content = archive.read(f"{TEXT}/rt-polarity.{kind}")
-                # Some lines hold the byte 0x85, at which str.splitlines splits too.
-                lines = content.decode("latin-1").strip().split("\n")
-                texts += lines
-                labels += [label] * len(lines)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    return np.array(texts, dtype=object), np.array(labels)
+    splits = data.MovieSentences(source_dir=folder).sentences.values()
+    texts = [(" ".join(words), label) for split in splits for words, label in split]
+    sentences, labels = zip(*texts, strict=True)
+    return np.array(sentences, dtype=object), np.array(labels)
 
 
 def split_examples(
@@ -327,7 +334,7 @@ def evaluate(
     """Trains a method and returns its mean errors over the test bags of a seed."""
     train, train_labels, test, test_labels = split_examples(*examples, seed)
     classes = np.unique(train_labels)
-    problem = Problem(len(classes), options.bag_size, seed, options.steps)
+    problem = Problem(len(classes), options.bag_size, seed, options.steps, len(train))
     # UPP seeds its own generator: every method gets the same bags.
     bags = UPP(
         LabelledCollection(test, test_labels, classes=classes),

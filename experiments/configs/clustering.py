@@ -18,17 +18,16 @@ with `--config.model.num_seeds=6` or, of DeepSets, `--config.model.rho.features=
 
 from ml_collections import ConfigDict
 
+from experiments.variants import check_variant
+
 MODELS = ("set_transformer", "deepsets_mean")
+VARIANTS = (*MODELS, *(f"{model}_quick" for model in MODELS))
 
 
 def get_config(variant: str = "set_transformer") -> ConfigDict:
     """The config of a variant."""
+    check_variant(variant, VARIANTS)
     model = variant.removesuffix("_quick")
-    if model not in MODELS:
-        raise ValueError(
-            f"there is no variant {variant!r}: it must be one of {', '.join(MODELS)}, "
-            "or one of them followed by _quick"
-        )
     config = ConfigDict()
     config.dataset = dict(name="GaussianMixtures")
     if model == "set_transformer":

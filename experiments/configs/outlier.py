@@ -13,18 +13,17 @@ the set.
 
 from ml_collections import ConfigDict
 
+from experiments.variants import check_variant
+
 MODELS = ("set_transformer", "deepsets")
+VARIANTS = (*MODELS, *(f"{model}_digits" for model in MODELS))
 
 
 def get_config(variant: str = "set_transformer") -> ConfigDict:
     """The config of a variant."""
+    check_variant(variant, VARIANTS)
     digits = variant.endswith("_digits")
     model = variant.removesuffix("_digits")
-    if model not in MODELS:
-        raise ValueError(
-            f"there is no variant {variant!r}: it must be one of {', '.join(MODELS)}, "
-            "or one of them followed by _digits"
-        )
     config = ConfigDict()
     config.dataset = dict(
         name="OutlierSets",

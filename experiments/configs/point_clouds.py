@@ -15,20 +15,23 @@ has matrices of their own for x and for max x.) Published accuracies on ModelNet
 
 from ml_collections import ConfigDict
 
+from experiments.variants import check_variant
+
 MODELS = ("set_transformer", "deepsets")
 DATASETS = {"solids": 10, "modelnet40": 40}
+VARIANTS = tuple(
+    f"{model}_{dataset}{quick}"
+    for model in MODELS
+    for dataset in DATASETS
+    for quick in ("", "_quick")
+)
 
 
 def get_config(variant: str = "set_transformer_solids_quick") -> ConfigDict:
     """The config of a variant."""
+    check_variant(variant, VARIANTS)
     quick = variant.endswith("_quick")
     model, _, dataset = variant.removesuffix("_quick").rpartition("_")
-    if model not in MODELS or dataset not in DATASETS:
-        raise ValueError(
-            f"there is no variant {variant!r}: MODEL_DATASET or MODEL_DATASET_quick "
-            f"with MODEL one of {', '.join(MODELS)} and DATASET one of "
-            f"{', '.join(DATASETS)}"
-        )
     num_points = 100 if quick else 1000
     config = ConfigDict()
     if dataset == "solids":

@@ -12,23 +12,20 @@ learns from bags as drawn. `emqnet` learns from the labels of single examples as
 from ml_collections import ConfigDict
 
 from experiments.cells import stack
+from experiments.variants import check_variant
 
 VECTORS = ("breast_cancer", "wine")
 IMAGES = ("mnist", "fashion_mnist")
 SENTENCES = "sentences"
+DATASETS = ("digits", *VECTORS, *IMAGES, SENTENCES)
 MODELS = ("histnetq", "deepsets", "set_transformer", "gmnet", "emqnet")
+VARIANTS = {f"{m}_{d}": (m, d) for m in MODELS for d in DATASETS}
 
 
 def get_config(variant: str = "histnetq_digits") -> ConfigDict:
     """The config of a variant `MODEL_DATASET`."""
-    datasets = ("digits", *VECTORS, *IMAGES, SENTENCES)
-    pairs = {f"{m}_{d}": (m, d) for m in MODELS for d in datasets}
-    if variant not in pairs:
-        raise ValueError(
-            f"there is no variant {variant!r}: MODEL_DATASET with MODEL one of "
-            f"{', '.join(MODELS)} and DATASET one of {', '.join(datasets)}"
-        )
-    model, dataset = pairs[variant]
+    check_variant(variant, VARIANTS)
+    model, dataset = VARIANTS[variant]
     config = ConfigDict()
     config.dataset = dict(name="MovieSentences" if dataset == SENTENCES else dataset)
     if model == "emqnet":

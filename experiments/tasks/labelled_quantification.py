@@ -116,15 +116,24 @@ class LabelledQuantification(Quantification):
         """One update; see `loop.Task`."""
 
         def loss(params, model_state):
-            remembered = model_state["cache"]["logits"]
-            estimate, logits, remembered = self.model.apply(
-                {"params": params, **model_state},
+            model_state = dict(model_state)
+            remembered = model_state.pop("cache")["logits"]
+            variables = {"params": params, **model_state}
+            unseen = self.model.apply(variables, batch["unchanged"], method="classify")
+            own = batch["fold"], jnp.arange(len(batch["fold"])), 0
+            remembered = remembered.at[batch["indices"]].set(
+                jax.lax.stop_gradient(unseen[own])  # [example, K]
+            )
+            (estimate, logits), collections = self.model.apply(
+                variables,
                 batch,
                 remembered,
                 rngs={"dropout": key},
+                mutable=[*model_state, "losses"],
                 method=_estimate_and_logits,
             )
-            model_state = model_state | {"cache": {"logits": remembered}}
+            model_state = collections | {"cache": {"logits": remembered}}
+            sown = jax.tree.leaves(model_state.pop("losses", {}))
             if self.natural_examples:
                 # A class without examples has no prior to take out.
                 logits += jnp.log(jnp.maximum(self.natural_prevalence, 1e-9))
@@ -134,7 +143,7 @@ class LabelledQuantification(Quantification):
             values = self.measure(self.loss)(batch["prevalence"], estimate)
             total = (entropy * taught).sum() / len(batch["labels"])
             total += self.bag_weight * values.mean()
-            return total, (
+            return sum(sown, start=total), (
                 {
                     self.loss: metrics.masked(values),
                     "cross_entropy": metrics.masked(entropy, taught),
@@ -154,17 +163,17 @@ def _taught(fold: jax.Array, num_members: int) -> jax.Array:
 
 def _estimate_and_logits(
     model: nn.Module, batch: Mapping, remembered: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What a step learns from, and what it will remember.
+) -> tuple[jax.Array, jax.Array]:
+    """What a step learns from, of a bound EMQNet.
+
+    Args:
+      model: the network.
+      batch: of `LabelledQuantification.sample`.
+      remembered: what its members say of the train split, [n, K].
 
     Returns:
-      Prevalences of the bags, [bag, K]; logits to learn, [member, example, K]; the
-      logits remembered, [n, K].
+      Prevalences of the bags, [bag, K]; logits to learn, [member, example, K].
     """
     logits = model.classify(batch["inputs"], train=True)[:, :, 0]
-    unseen = model.classify(batch["unchanged"])[:, :, 0]
-    unseen = unseen[batch["fold"], jnp.arange(logits.shape[1])]  # [example, K]
-    remembered = remembered.at[batch["indices"]].set(jax.lax.stop_gradient(unseen))
     features = model.calibrate(remembered[batch["bags"]])
-    estimate = model.decode(model.aggregate(features))
-    return estimate, logits, remembered
+    return model.decode(model.aggregate(features)), logits

@@ -76,7 +76,7 @@ def bags_or_mixtures(model: nn.Module, batch: Mapping, *, train: bool) -> jax.Ar
     features = model.encode(batch["inputs"], mask, train=train)  # [bag, element, f]
     if "elements" in batch:
         features = features[:, 0][batch["elements"]]  # [mixture, element, f]
-    representation = model.aggregate(features, mask)
+    representation = model.aggregate(features, mask, train=train)
     if "weights" in batch:
         representation = batch["weights"] @ representation  # [mixture, r]
     return model.decode(representation, train=train)

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.decomposition import PCA
 
 import data
 from data.augmentation import shift_and_flip
@@ -18,6 +17,7 @@ from data.samplers import (
     draw_prevalences,
     draw_tilted_bags,
     mixture_weights,
+    whitened_components,
 )
 from experiments.loop import Training
 from experiments.optimizers import Optimizer
@@ -179,18 +179,15 @@ class Quantification(PrevalenceTask):
     def _add_positions(self, arrays: dict) -> None:
         """What `covariate_shift` draws by: whitened principal components, labels."""
         dataset = self.dataset
-        flat = {
+        inputs = {
             split: np.asarray(
                 data.normalize(values["inputs"], dataset.shift, dataset.scale)
-            ).reshape(len(values["inputs"]), -1)
+            )
             for split, values in dataset.splits.items()
         }
-        components = min(NUM_COMPONENTS, *flat["train"].shape)
-        whitening = PCA(components, whiten=True, random_state=0).fit(flat["train"])
-        for split, values in dataset.splits.items():
-            positions = whitening.transform(flat[split]).astype(np.float32)
+        for split, positions in whitened_components(inputs, NUM_COMPONENTS).items():
             arrays[split]["positions"] = jnp.asarray(positions)
-            arrays[split]["labels"] = jnp.asarray(values["labels"])
+            arrays[split]["labels"] = jnp.asarray(dataset.splits[split]["labels"])
 
     @property
     def natural_prevalence(self) -> np.ndarray:

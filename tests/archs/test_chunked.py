@@ -10,6 +10,7 @@ import pytest
 from archs import (
     MLP,
     DeepSets,
+    GMNet,
     HistNetQ,
     LinearHistogram,
     PowerMean,
@@ -29,7 +30,16 @@ MODELS = {
         ("min", "log_count", "sqrt_sum"),
         PowerMean(2.0),
     )
-} | {"HistNetQ": HistNetQ(MLP((8,), 7), LinearHistogram(4), PrevalenceHead((8,), 3))}
+} | {
+    "HistNetQ": HistNetQ(MLP((8,), 7), LinearHistogram(4), PrevalenceHead((8,), 3)),
+    "GMNet": GMNet(
+        PrevalenceHead((8,), 3),
+        num_spaces=2,
+        num_gaussians=4,
+        latent_size=2,
+        hidden_sizes=(6,),
+    ),
+}
 
 
 def network(name):

@@ -34,6 +34,14 @@ def test_contracts(network):
     # EM repeats rounding errors forty times.
     contracts.assert_padding_invariant(f, inputs, mask, rtol=1e-4)
     contracts.assert_finite_on_empty_set(f, inputs)
+    contracts.assert_batch_independent(f, inputs, mask)
+    contracts.assert_weights_are_multiplicities(
+        lambda x, mask, weights: model.apply(variables, x, mask, weights),
+        inputs,
+        mask,
+        key=jax.random.key(3),
+        rtol=1e-4,
+    )
 
 
 def test_the_aggregate_is_what_expectation_maximization_finds(network):
@@ -95,6 +103,8 @@ def test_the_empty_bag_has_the_prevalences_of_the_pseudo_counts(network):
     variables = plain(variables, jnp.log(jnp.expm1(count)))
     out = model.apply(variables, inputs, jnp.zeros(inputs.shape[:2], bool))
     np.testing.assert_allclose(out, jnp.broadcast_to(count / 8, out.shape), rtol=1e-5)
+    without_elements = model.apply(variables, inputs[:, :0])
+    np.testing.assert_allclose(without_elements, out, rtol=1e-6)
 
 
 def test_members_differ_and_are_averaged(network):

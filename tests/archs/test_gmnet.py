@@ -174,6 +174,7 @@ def test_contracts():
         np.testing.assert_allclose(f(inputs, m).sum(-1), 1, rtol=1e-6)
     contracts.assert_padding_invariant(f, inputs, mask)
     contracts.assert_finite_on_empty_set(f, inputs)
+    contracts.assert_duplication(f, inputs, mask)
     contracts.assert_weights_are_multiplicities(f, inputs, mask, key=jax.random.key(0))
 
 

@@ -62,6 +62,13 @@ def test_weights_are_multiplicities_and_parts_are_merged(histogram):
         )
 
 
+@pytest.mark.parametrize("histogram", HISTOGRAMS[:3:2], ids=["linear", "adaptive"])
+def test_a_bag_that_holds_all_twice_is_the_same(histogram):
+    inputs, mask = bags()
+    f = set_function(network(histogram), inputs)
+    contracts.assert_duplication(f, inputs, mask)
+
+
 def test_contracts_with_images():
     inputs, mask = bags((3, 4, 8, 8, 1))
     model = HistNetQ(CNN((2, 3), 6), archs.LinearHistogram(4), PrevalenceHead((), 3))

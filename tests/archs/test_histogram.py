@@ -177,6 +177,30 @@ def test_mass_is_one_and_the_mean_is_the_mean(function, shape, num_bins):
     check()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize("function", [linear_histogram, adaptive])
+def test_mass_and_mean_hold_in_other_dtypes(function, dtype):
+    num_bins, shape, wide = 7, (9, 3), dtype == jnp.float64
+    centers = (np.arange(num_bins) + 0.5) / num_bins * np.ones((3, 1))
+    if function is adaptive:
+        centers = uneven_centers(3, num_bins)
+    rtol, atol = (1e-13, 1e-12) if wide else (1e-6, 1e-5)
+
+    @settings(max_examples=20, deadline=None)
+    @given(hnp.arrays(np.float64, shape, elements=st.floats(-0.5, 1.5)))
+    def check(x):
+        x = jnp.asarray(x, dtype)
+        out = function(x, num_bins)
+        assert out.dtype == (jnp.float64 if wide else jnp.float32)
+        np.testing.assert_allclose(out.sum(-1), 1, rtol=rtol)
+        # Of the values as the dtype rounds them.
+        x = np.clip(np.asarray(x, np.float64), centers[:, 0], centers[:, -1])
+        np.testing.assert_allclose((out * centers).sum(-1), x.mean(0), atol=atol)
+
+    with jax.enable_x64(wide):
+        check()
+
+
 @pytest.mark.parametrize(("shape", "num_bins"), SHAPES)
 def test_linear_is_the_triangular_kernel(shape, num_bins):
     x = 1.4 * uniform(shape) - 0.2
@@ -367,11 +391,14 @@ def test_cumulative_histogram_is_the_empirical_distribution():
     np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS[:2])
+@pytest.mark.parametrize("function", [linear_histogram, hard_histogram, adaptive])
 def test_mean_of_histogram_has_slope_one(function):
     num_bins = 8
-    centers = (jnp.arange(num_bins) + 0.5) / num_bins
-    x = np.linspace(0.07, 0.93, 40, dtype=np.float32)[:, None]
+    centers = (np.arange(num_bins) + 0.5) / num_bins
+    if function is adaptive:
+        (centers,) = uneven_centers(1, num_bins)
+    x = np.linspace(centers[0] + 0.01, centers[-1] - 0.01, 40, dtype=np.float32)
+    x, centers = x[:, None], jnp.asarray(centers)
     slope = jax.jit(jax.grad(lambda x: jnp.sum(function(x, num_bins) @ centers)))(x)
     np.testing.assert_allclose(slope * len(x), 1, rtol=1e-5)
 

@@ -81,6 +81,23 @@ def test_weights_are_multiplicities(kind):
     contracts.assert_weights_are_multiplicities(f, inputs, mask, key=jax.random.key(0))
 
 
+def test_contracts_where_logits_are_computed_by_blocks(monkeypatch):
+    monkeypatch.setattr("archs.attention._CPU_BLOCK", 4)
+    inputs, mask = bags((3, 6, 5))
+    f = set_function(network(num_inducing_points=None), inputs)
+    assert "while" in f.lower(inputs, mask).as_text()
+    contracts.assert_permutation_invariant(f, inputs, mask, key=jax.random.key(0))
+    contracts.assert_padding_invariant(f, inputs, mask)
+    contracts.assert_finite_on_empty_set(f, inputs)
+    contracts.assert_weights_are_multiplicities(f, inputs, mask, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize("model", [network(**KINDS[1]), PMA(**FIELDS)], ids=type)
+def test_a_set_that_holds_all_twice_is_the_same(model):
+    inputs, mask = bags((3, 5, 5))
+    contracts.assert_duplication(set_function(model, inputs), inputs, mask)
+
+
 def test_gradients_of_weights_are_those_of_finite_differences():
     inputs, mask = bags((2, 3, 5))
     weights = jnp.array([[2.0, 0.5, 1.0]] * 2)
@@ -292,6 +309,34 @@ def test_half_precision(kind):
     )
 
 
+@pytest.mark.parametrize("block_size", [None, 8])
+def test_attention_in_float16_is_finite_with_masks(block_size):
+    function = functools.partial(attend, block_size=block_size)
+    wide = attention_arguments()
+    args = [x.astype(jnp.float16) for x in wide]
+    out, gradients = value_and_gradients(function, *args)
+    for leaf in jax.tree.leaves((out, gradients)):
+        assert leaf.dtype == jnp.float16 and np.isfinite(leaf).all()
+    np.testing.assert_allclose(out, function(*wide), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [SAB(**FIELDS), network(normalization="set"), network(num_inducing_points=None)],
+    ids=["MAB", "ISAB", "SAB"],
+)
+def test_float16_is_finite_with_masks(model):
+    inputs, mask = bags((3, 6, 8))
+    wide = set_function(model, inputs)(inputs, mask)
+    f = set_function(model.clone(dtype=jnp.float16), inputs)
+    out, gradient = value_and_gradients(
+        lambda x: f(x, mask), inputs.astype(jnp.float16)
+    )
+    for leaf in jax.tree.leaves((out, gradient)):
+        assert np.isfinite(leaf).all()
+    assert np.abs(out - wide).max() < 0.01 * np.abs(wide).max()
+
+
 def test_softmax_statistics_are_float32_at_half_precision():
     # 2048 equal keys: a sum of ones in float16 or bfloat16 would stop at 2048 or 256.
     values = jnp.ones((1, 1, 4096, 2), jnp.bfloat16)
@@ -324,9 +369,11 @@ def test_memory_is_linear_in_the_set(points):
 class TorchMAB(torch.nn.Module):
     """The multihead attention block of the published code."""
 
-    def __init__(self, d_q, d_k, size, heads):
+    def __init__(self, d_q, d_k, size, heads, normalized=False):
         super().__init__()
         linear = torch.nn.Linear
+        norm = torch.nn.LayerNorm if normalized else torch.nn.Identity
+        self.ln0, self.ln1 = norm(size), norm(size)
         self.size, self.heads = size, heads
         self.fc_q, self.fc_k = linear(d_q, size), linear(d_k, size)
         self.fc_v, self.fc_o = linear(d_k, size), linear(size, size)
@@ -337,8 +384,8 @@ class TorchMAB(torch.nn.Module):
 
         q, k, v = heads(self.fc_q(x)), heads(self.fc_k(y)), heads(self.fc_v(y))
         a = torch.softmax(q.bmm(k.transpose(1, 2)) / math.sqrt(self.size), 2)
-        o = torch.cat((q + a.bmm(v)).split(x.shape[0], 0), 2)
-        return o + torch.relu(self.fc_o(o))
+        o = self.ln0(torch.cat((q + a.bmm(v)).split(x.shape[0], 0), 2))
+        return self.ln1(o + torch.relu(self.fc_o(o)))
 
 
 class TorchSAB(torch.nn.Module):
@@ -373,19 +420,24 @@ class TorchPMA(torch.nn.Module):
         return self.mab(self.points.repeat(len(x), 1, 1), x)
 
 
+def carried_layer(parameters, name):
+    weight, bias = (parameters[f"{name}.{x}"].detach() for x in ("weight", "bias"))
+    return {"kernel": weight.numpy().T, "bias": bias.numpy()}
+
+
+def carried_mab(parameters, prefix=""):
+    ours = {"query": "fc_q", "key": "fc_k", "value": "fc_v", "feedforward": "fc_o"}
+    return {us: carried_layer(parameters, prefix + it) for us, it in ours.items()}
+
+
 def carried(module, parameters):
     """Parameters (or gradients) of a module of torch, by name, as a tree of ours."""
 
     def array(name):
         return parameters[name].detach().numpy()
 
-    def layer(name):
-        weight = array(f"{name}.weight")
-        return {"kernel": weight.T, "bias": array(f"{name}.bias")}
-
     def mab(name):
-        ours = {"query": "fc_q", "key": "fc_k", "value": "fc_v", "feedforward": "fc_o"}
-        return {us: layer(f"{name}.{them}") for us, them in ours.items()}
+        return carried_mab(parameters, f"{name}.")
 
     tree, count = {}, {"ISAB": 0, "SAB": 0}
     pooled = False
@@ -409,7 +461,7 @@ def carried(module, parameters):
             tree[f"{name}_{count['SAB']}"] = {"MAB_0": mab(f"{i}.mab")}
             count["SAB"] += 1
         elif isinstance(part, torch.nn.Linear):
-            tree["head"] = {"Dense_0": layer(str(i))}
+            tree["head"] = {"Dense_0": carried_layer(parameters, str(i))}
     return {"params": tree}
 
 
@@ -518,6 +570,34 @@ def test_initial_inducing_points_and_seeds(number, std):
         points = jax.jit(module.init)(jax.random.key(0), x)["params"][name]
         assert points.shape == (number, 128)
         np.testing.assert_allclose(points.std(), std, rtol=0.08)
+
+
+def test_the_official_block_with_layer_normalisation_is_that_of_torch():
+    torch.manual_seed(0)
+    theirs = TorchMAB(5, 7, 12, 3, normalized=True)
+    for norm in (theirs.ln0, theirs.ln1):
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    parameters = dict(theirs.named_parameters())
+
+    def ours(parameters):
+        params = carried_mab(parameters)
+        for name, it in (("attention_norm", "ln0"), ("norm", "ln1")):
+            layer = carried_layer(parameters, it)
+            params[name] = {"scale": layer["kernel"], "bias": layer["bias"]}
+        return {"params": params}
+
+    x, y = bags((2, 4, 5))[0], bags((2, 6, 7))[0]
+    expected = theirs(*(torch.tensor(np.array(z)) for z in (x, y)))
+    mixture = torch.cos(torch.arange(expected.numel())).reshape(expected.shape)
+    (mixture * expected).sum().backward()
+    model = MAB(12, 3, "layer", "official")
+    found, (gradient,) = value_and_gradients(
+        lambda variables: model.apply(variables, x, y), ours(parameters)
+    )
+    assert_trees_close(found, expected.detach().numpy())
+    gradients = {name: p.grad for name, p in parameters.items()}
+    assert_trees_close(gradient, ours(gradients))
 
 
 @pytest.mark.parametrize("block", ["paper", "clean_path"])

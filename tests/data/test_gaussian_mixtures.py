@@ -96,3 +96,18 @@ def test_sets_depend_on_the_key_alone():
 def test_impossible_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         data.GaussianMixtures(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sizes"),
+    [
+        ((100, 500), (100, 200, 300, 400, 500)),
+        ((250, 501), (301, 401, 501)),
+        ((5, 5), (5,)),
+        # No smaller than the number of components.
+        ((1, 10, 4), (4, 6, 8, 10)),
+        ((1, 3, 4), ()),
+    ],
+)
+def test_sizes_to_pad_to_are_fifths_of_the_largest(fields, sizes):
+    assert data.GaussianMixtures(*fields).size_buckets == sizes

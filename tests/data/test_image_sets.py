@@ -48,6 +48,22 @@ def test_the_source_of_the_images_is_told(digit_sums):
     assert digit_sums.spec.num_classes == 1
 
 
+def test_deformed_copies_are_added_to_the_train_split(digit_sums):
+    plain = digit_sums.arrays
+    more = data.ImageDigitSums("digits", num_deformed=2).arrays
+    jax.tree.map(np.testing.assert_array_equal, more["test"], plain["test"])
+    images, labels = (np.asarray(more["train"][k]) for k in ("inputs", "labels"))
+    first, second, third = np.split(images, 3)
+    np.testing.assert_array_equal(first, plain["train"]["inputs"])
+    np.testing.assert_array_equal(labels, np.tile(plain["train"]["labels"], 3))
+    assert images.dtype == plain["train"]["inputs"].dtype
+    for copy in (second, third):
+        # Another image, but of the same digit: nearer to its own than to the next.
+        own, other = (np.abs(copy - x).mean() for x in (first, np.roll(first, 1, 0)))
+        assert 0 < own < other
+    assert (second != third).any()
+
+
 # Unique characters.
 
 NUM_CHARACTERS = 20

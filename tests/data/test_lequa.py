@@ -86,6 +86,22 @@ def test_labelled_documents_are_those_of_the_files(written):
     assert documents.spec.sizes["validation"] == round(0.2 * len(expected))
 
 
+def test_the_training_bags_of_t3_are_learned_from(tmp_path):
+    synthetic_lequa.write("T3", tmp_path, **SMALL)
+    public, plain = tmp_path / "T3" / "public", load("T3", tmp_path)
+    dataset = load("T3", tmp_path, training_bags=True)
+    assert dataset.spec.sizes == {"train": 107, "validation": 5, "test": 7}
+    train = dataset.splits["train"]
+    for key, values in plain.splits["train"].items():
+        np.testing.assert_array_equal(train[key][:7], values)
+    expected = lequa.read_prevalences(public / "training_prevalences.txt")
+    np.testing.assert_allclose(train["prevalence"][7:], expected, rtol=1e-6)
+    for number in (0, 99):
+        path = public / "training_samples" / f"{number}.txt"
+        table = np.loadtxt(path, delimiter=",", skiprows=1)
+        np.testing.assert_allclose(train["inputs"][7 + number], table[:, 1:], rtol=1e-6)
+
+
 def test_the_label_of_a_synthetic_bag_is_that_of_its_documents(tmp_path):
     # So far apart that the nearest class is the class.
     options = SMALL | {"separation": 60.0, "dimensions": 20}
@@ -190,6 +206,7 @@ def test_no_source_dir_says_what_to_do():
     [
         ({"task": "T2A"}, "T2A and T2B are documents as text"),
         ({"validation_bags": 12}, "between 1 and 11, as there are 12"),
+        ({"training_bags": True}, "only T3 has its labelled documents in bags"),
     ],
 )
 def test_impossible_fields_are_sentences(copied, fields, message):

@@ -85,7 +85,7 @@ class Response(io.BytesIO):
 def test_a_download_is_kept(original, content, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        builders, "_connect", lambda url: asked.append(url) or Response(content)
+        builders, "connect", lambda url: asked.append(url) or Response(content)
     )
     for source in (f"downloaded from {original.url}", f"folder {tmp_path}"):
         found, told = originals.read(
@@ -97,7 +97,7 @@ def test_a_download_is_kept(original, content, tmp_path, monkeypatch):
 
 
 def test_a_damaged_download_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(builders, "_connect", lambda url: Response(b"<html>"))
+    monkeypatch.setattr(builders, "connect", lambda url: Response(b"<html>"))
     with pytest.raises(data.DataError, match="not the published file"):
         originals.read(FILE, "plays", data_dir=tmp_path, download=True)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -107,7 +107,7 @@ def test_no_network_says_what_to_do_instead(tmp_path, monkeypatch):
     def fail(url):
         raise requests.ConnectTimeout("no answer")
 
-    monkeypatch.setattr(builders, "_connect", fail)
+    monkeypatch.setattr(builders, "connect", fail)
     with pytest.raises(data.DataError, match="no answer.*Instead, put input.txt"):
         originals.read(FILE, "plays", data_dir=tmp_path, download=True)
 

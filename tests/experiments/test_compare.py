@@ -9,18 +9,20 @@ from experiments import compare, config
 from experiments.errors import UserError
 
 
-def write_run(workdir, shift: float) -> None:
+def write_run(workdir, shift: float, model: str) -> None:
     workdir.mkdir()
     true = np.full((4, 2), 0.5)
     moved = true + np.array([shift, -shift])
-    np.savez(workdir / "test_bags.npz", true=true, HistNetQ=moved, CC=true)
+    np.savez(workdir / "test_bags.npz", true=true, CC=true, **{model: moved})
     task = {"bag_size": 1, "evaluation_bag_size": 50}
-    (workdir / "config.json").write_text(json.dumps({"task": task}))
+    config = {"model": {"name": model}, "task": task}
+    (workdir / "config.json").write_text(json.dumps(config))
 
 
-def test_mean_and_deviation_over_seeds(tmp_path):
+@pytest.mark.parametrize("model", ["HistNetQ", "SetTransformer"])
+def test_mean_and_deviation_over_seeds(tmp_path, model):
     for seed, shift in enumerate([0.1, 0.3]):
-        write_run(tmp_path / str(seed), shift)
+        write_run(tmp_path / str(seed), shift, model)
     text = compare.table([("mine", tmp_path / "0"), ("mine", tmp_path / "1")])
     best, worst = text.splitlines()[2:]
     assert best == "| CC | 0.0000 ± 0.0000 | 0.000 ± 0.000 | 2 |"

@@ -1,5 +1,7 @@
+import dataclasses
 import io
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import archs
 from experiments import loop
 from experiments.optimizers import Optimizer
 from experiments.progress import Progress
-from experiments.tasks import LabelledQuantification, labelled_quantification
+from experiments.tasks import LabelledQuantification
 
 TRAINING = loop.Training(num_steps=150, steps_per_call=30, log_every=30, eval_every=150)
 
@@ -126,23 +128,32 @@ def test_natural_examples_come_as_they_are_and_their_prior_is_taken_out(vectors)
     assert total / count == pytest.approx(expected, rel=1e-4)
 
 
-def test_views_shift_and_mirror():
-    images = jax.random.uniform(jax.random.key(0), (64, 6, 5, 1))
-    views = labelled_quantification._views(jax.random.key(1), images, 1, True)
-    found = set()
-    for image, view in zip(np.asarray(images), np.asarray(views), strict=True):
-        padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
-        mirrored = np.pad(image[:, ::-1], ((1, 1), (1, 1), (0, 0)), mode="edge")
-        matches = [
-            (side, y, x)
-            for side, source in enumerate((padded, mirrored))
-            for y in range(3)
-            for x in range(3)
-            if np.array_equal(source[y : y + 6, x : x + 5], view)
-        ]
-        assert len(matches) == 1
-        found.add(matches[0])
-    assert len(found) > 12
+class Centred(nn.Module):
+    """An encoder with a state of its own, which adds to the loss."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        extra = self.param("extra", nn.initializers.ones, ())
+        if not self.is_initializing():
+            self.sow("losses", "extra", extra)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        return nn.Dense(4)(x)
+
+
+def test_batch_statistics_train_and_what_is_sown_is_learned(vectors, batch):
+    changed = task(vectors, num_members=1)
+    model = archs.EMQNet(Centred(), 3, num_steps=5)
+    changed = dataclasses.replace(changed, model=model)
+    state = changed.init(jax.random.key(0), batch)
+    after, row = jax.jit(changed.train_step)(state, batch, jax.random.key(2))
+    (stats,) = after.model_state["batch_stats"]["classifiers_0"]["encoder"].values()
+    np.testing.assert_allclose(
+        stats["mean"], 0.5 * batch["inputs"].mean((0, 1)), atol=1e-5
+    )
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert np.isfinite(row["cross_entropy"][0])
+    extra = after.params["classifiers_0"]["encoder"]["extra"]
+    assert extra == pytest.approx(1 - 0.02)  # a step of Adam down its slope
 
 
 def test_noise_has_the_spread_asked_for(vectors, small, batch):

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 
 import archs
+import data
 from archs import quantification as measures_of
+from data import sequences
 from experiments import baselines, loop, metrics
 from experiments.optimizers import Optimizer
 from experiments.progress import Progress
-from experiments.tasks import Quantification, quantification_report
+from experiments.tasks import Quantification, prevalence, quantification_report
 
 TRAINING = loop.Training(num_steps=200, steps_per_call=20, log_every=20, eval_every=100)
 ENCODER = archs.MLP((8,), 4, 0.1)
@@ -234,6 +237,65 @@ def test_mixtures_of_single_examples_serve_every_pooling(vectors, aggregation):
     )
 
 
+def test_a_set_transformer_learns_from_mixtures_with_dropout(vectors):
+    model = archs.SetTransformer(
+        archs.PrevalenceHead((), 3),
+        hidden_size=8,
+        num_heads=2,
+        num_layers=1,
+        num_inducing_points=2,
+        dropout_rate=0.5,
+    )
+    fields = {"num_bags": 12, "bag_size": 1, "mixed_bags": 4, "evaluation_bag_size": 5}
+    task = quantification(vectors, model, **fields)
+    state, batch = first_state(task), first_batch(task)
+
+    @jax.jit
+    def estimate(seed):
+        return model.apply(
+            state.variables,
+            batch,
+            train=True,
+            rngs={"dropout": jax.random.key(seed)},
+            method=prevalence.bags_or_mixtures,
+        )
+
+    assert batch["elements"].shape == (4, 5)
+    assert np.abs(estimate(0) - estimate(1)).max() > 1e-3
+    after, row = jax.jit(task.train_step)(state, batch, jax.random.key(2))
+    assert np.isfinite(row["absolute_error"][0])
+    moved = jax.tree.map(lambda a, b: (a != b).any(), state.params, after.params)
+    assert moved["PMA_0"]["seeds"]
+
+
+def test_views_change_images_and_neither_labels_nor_evaluation():
+    rng = np.random.default_rng(0)
+    splits = {
+        split: {
+            "inputs": rng.random((n, 5, 4, 1), np.float32),
+            "labels": np.arange(n, dtype=np.int32) % 3,
+        }
+        for split, n in (("train", 30), ("validation", 12), ("test", 12))
+    }
+    spec = sequences.spec("images", 3, feature_shape=(5, 4, 1))
+    images = data.Dataset(spec, splits, np.float32(0), np.float32(1))
+    plain = quantification(images)
+    viewed = quantification(images, max_shift=1, flip=True)
+    before, after = first_batch(plain), first_batch(viewed)
+    np.testing.assert_array_equal(before["prevalence"], after["prevalence"])
+    changed = (before["inputs"] != after["inputs"]).any((2, 3, 4))
+    # One of 18 views is the image itself.
+    assert 0.7 < changed.mean() < 1
+    values = np.isin(np.asarray(after["inputs"]), np.asarray(before["inputs"]))
+    assert values.all()
+    state = jax.jit(plain.init)(jax.random.key(0), before)
+    features = [
+        task.prepare_evaluation(state, "test", task.arrays)[1]
+        for task in (plain, viewed)
+    ]
+    np.testing.assert_array_equal(*features)
+
+
 # Training and evaluation.
 
 
@@ -322,6 +384,24 @@ class Centred(nn.Module):
     def __call__(self, x, *, train=False):
         x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
         return nn.Dense(4)(x)
+
+
+def test_the_first_steps_learn_from_the_loss_of_the_warmup(vectors):
+    rae = "relative_absolute_error"
+    plain = quantification(vectors)
+    batch, state = any_batch(), first_state(plain)
+
+    def params_after(task, steps):
+        before = state.replace(steps=jnp.int32(steps))
+        after, row = jax.jit(task.train_step)(before, batch, jax.random.key(2))
+        assert np.isfinite(row[task.loss][0])
+        return after.params
+
+    warm = quantification(vectors, loss=rae, warmup_steps=3)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, params_after(warm, 2), params_after(plain, 2))
+    later = quantification(vectors, loss=rae)
+    jax.tree.map(close, params_after(warm, 3), params_after(later, 3))
 
 
 def test_batch_statistics_train(vectors):

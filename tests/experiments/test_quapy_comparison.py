@@ -1,16 +1,22 @@
 """The comparison with QuaPy: what is done once, the tables, and the statistics."""
 
+import dataclasses
+import hashlib
 import json
+import math
 import zipfile
 
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 
 pytest.importorskip("quapy")
 
-from experiments import quapy_comparison  # noqa: E402
+from data import texts  # noqa: E402
+from experiments import loop, quapy_comparison  # noqa: E402
+from experiments.configs import quantify  # noqa: E402
 
 FAST = ["--bags=20", "--bag_size=20", "--steps=4"]
 
@@ -66,11 +72,40 @@ def test_methods_of_both_kinds_on_the_same_bags(compare, tmp_path):
 @pytest.mark.parametrize("method", quapy_comparison.METHODS)
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_every_method_can_be_made(method, num_classes):
-    problem = quapy_comparison.Problem(num_classes, 100, 0, 10)
+    problem = quapy_comparison.Problem(num_classes, 100, 0, 10, 500)
     quantifier = quapy_comparison.METHODS[method](problem)
     assert callable(quantifier.fit) and callable(quantifier.predict)
     if method == "HDy/DMy":
         assert type(quantifier).__name__ == ("HDy" if num_classes == 2 else "DMy")
+
+
+def test_emqnet_of_few_examples_is_that_of_the_shipped_config(monkeypatch):
+    """The task of `quantify.py:emqnet_breast_cancer`, and the settings around it."""
+    made = []
+
+    def train(task, training, folder, seed, progress):
+        made.append((task, training))
+        raise loop.Interrupted("seen enough")
+
+    monkeypatch.setattr(loop, "train", train)
+    shipped = quantify.get_config("emqnet_breast_cancer")
+    problem = quapy_comparison.Problem(2, 100, 0, 2000, num_examples=341)
+    examples = load_breast_cancer(return_X_y=True)
+    with pytest.raises(KeyboardInterrupt):
+        quapy_comparison.METHODS["EMQNet"](problem).fit(*examples)
+    ((task, training),) = made
+    for name, value in shipped.task.items():
+        if name != "name":
+            assert getattr(task, name) == value, name
+    for name, value in shipped.optimizer.items():
+        assert getattr(task.optimizer, name) == value, name
+    assert training.num_steps == training.eval_every == shipped.training.num_steps
+    sizes = task.dataset.spec.sizes
+    assert sizes["validation"] == math.ceil(569 * shipped.dataset.validation_fraction)
+    model = shipped.model
+    assert task.model.num_members == model.num_members
+    assert task.model.encoder.hidden_sizes == model.encoder.hidden_sizes
+    assert task.model.encoder.dropout_rate == model.encoder.dropout_rate
 
 
 def test_test_bags_depend_on_the_seed_alone(monkeypatch, tmp_path, compare):
@@ -115,13 +150,16 @@ def test_nan_is_no_result(monkeypatch, tmp_path, compare):
 
 
 @pytest.fixture
-def sentences(tmp_path):
-    """A folder with an archive like that of Pang and Lee; 0x85 ends no line."""
+def sentences(tmp_path, monkeypatch):
+    """A folder with an archive like that of Pang and Lee, in UTF-8."""
     with zipfile.ZipFile(tmp_path / "sentence_polarity.zip", "w") as archive:
-        for kind, word in (("neg", b"bad"), ("pos", b"good")):
-            lines = [b"a %s film \x85 number %d" % (word, i % 40) for i in range(800)]
-            text = b"\n".join(lines) + b"\n"
-            archive.writestr(f"sentence_polarity/rt-polarity.{kind}", text)
+        for name, original in texts.POLARITIES.items():
+            lines = [f"a {name} café number {i % 40}\n" for i in range(800)]
+            content = "".join(lines).encode()
+            archive.writestr(original.name, content)
+            sha256 = hashlib.sha256(content).hexdigest()
+            changed = dataclasses.replace(original, sha256=sha256)
+            monkeypatch.setitem(texts.POLARITIES, name, changed)
     return tmp_path
 
 
@@ -129,6 +167,10 @@ def test_features_of_texts_are_made_of_the_train_part(sentences, monkeypatch):
     monkeypatch.setattr(quapy_comparison, "TEXT_FEATURES", 5)
     inputs, labels = quapy_comparison._read_sentences(sentences)
     assert len(inputs) == 1600 and labels.sum() == 800
+    assert all(
+        text.startswith(f"a {texts.MovieSentences.classes[label]} café")
+        for text, label in zip(inputs, labels, strict=True)
+    )
     train, train_labels, test, test_labels = quapy_comparison.split_examples(
         inputs, labels, seed=0
     )
@@ -164,7 +206,7 @@ def test_a_dataset_that_is_not_there_is_skipped(compare, tmp_path):
         *FAST,
     )
     assert code == 0
-    assert "sentence_polarity is skipped: --text_dir must name" in err
+    assert "sentence_polarity is skipped: movie_sentences needs" in err
     assert rows(out)["CC"][1] == "1.00" or rows(out)["PCC"][1] == "1.00"
     code, _, err = compare(
         "--datasets=sentence_polarity",
@@ -180,7 +222,7 @@ def test_a_dataset_that_is_not_there_is_skipped(compare, tmp_path):
         *FAST,
     )
     assert code == 1
-    assert "sentence_polarity.zip cannot be read" in err
+    assert f"put sentence_polarity.zip of {texts.POLARITIES['negative'].url}" in err
     assert "no dataset is left" in err
 
 

@@ -1,6 +1,9 @@
 import dataclasses
+import io
+import itertools
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 import archs
@@ -276,6 +280,27 @@ def test_a_model_that_breaks_a_contract_is_named(by_element):
 # The report.
 
 
+def test_sets_alike_in_size_are_learned_from_as_all_are():
+    """Padding is cut off to a size of `size_buckets`: gradients stay what they are."""
+    dataset = data.GaussianMixtures(2, 10, num_components=3)
+    task = set_prediction(deepsets(15, "mean"), dataset, objective="mixture")
+    optimizer = Optimizer(name="sgd", learning_rate=1.0)
+    task = dataclasses.replace(task, optimizer=optimizer)
+    state = first_state(task)
+    batch = jax.jit(task.sample)(jax.random.key(0), 0, task.arrays)
+    plain = jax.jit(super(SetPrediction, task).train_step)
+    cut = jax.jit(task.train_step)
+    for largest in (2, 5, 10):
+        mask = batch["mask"] & (jnp.arange(10) < largest)
+        given = state, batch | {"mask": mask}, jax.random.key(1)
+        found, expected = cut(*given), plain(*given)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            found,
+            expected,
+        )
+
+
 def test_measures_by_size():
     sizes = np.array([3, 1, 3, 2])
     values = {"error": np.array([1.0, 5.0, 2.0, np.nan])}
@@ -318,6 +343,7 @@ SHORT = (
             ("min_size=5", "max_size=6"),
             {"squared_error", "absolute_error"},
         ),
+        ("digit_sum.py:text", ("test_max_size=12",), {"absolute_error", "exact"}),
         (
             "digit_sum.py:mnist",
             ("examples=digits", "test_max_size=12"),
@@ -357,6 +383,37 @@ def test_unknown_variants_are_named(file, refused):
 def test_unique_characters_asks_for_its_images(refused):
     message = refused(f"--config={SHIPPED}/unique_characters.py")
     assert "source_dir is not set. Put images_background.zip" in message
+
+
+def test_unique_characters_trains(main, tmp_path):
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(tmp_path / "images_background_small1.zip", "w") as archive:
+        for character, number in itertools.product(range(20), range(4)):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.random((105, 105)) < 0.9).save(buffer, "PNG")
+            name = f"alphabet/character{character:02d}/{number:04d}.png"
+            archive.writestr(f"images_background_small1/{name}", buffer.getvalue())
+    fields = (
+        f"dataset.source_dir={tmp_path}",
+        "dataset.min_size=2",
+        "dataset.max_size=4",
+        "dataset.image_size=8",
+        "dataset.validation_fraction=0.3",
+        "dataset.test_fraction=0.3",
+        "model.encoder.channels=(4,)",
+        "model.encoder.num_groups=2",
+        "model.hidden_size=8",
+        "model.num_layers=1",
+    )
+    outcome = main(
+        f"--config={SHIPPED}/unique_characters.py",
+        f"--workdir={tmp_path / 'run'}",
+        *SHORT,
+        *(f"--config.{field}" for field in fields),
+    )
+    assert outcome.code == 0, outcome.err
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert set(evaluation["test"]) == {"negative_log_likelihood", "accuracy"}
 
 
 def num_parameters(variant, *shape):
