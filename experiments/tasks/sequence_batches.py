@@ -1,4 +1,4 @@
-"""Batches of stored and of generated sequences, for tasks that learn from either."""
+"""Batches of stored and of generated sequences, and what models answer to them."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -88,3 +88,8 @@ def at_bucket_length(
     needed = functools.reduce(jnp.maximum, lengths).max()
     options = [length for *_, length in dataset.buckets]
     return at_length(options, needed, step, state, batch, *rest)
+
+
+def answers(prediction: Any) -> jax.Array:
+    """What a model answered, without the states it may return besides."""
+    return prediction[0] if isinstance(prediction, tuple) else prediction

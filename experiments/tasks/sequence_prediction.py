@@ -22,6 +22,7 @@ from experiments.tasks import (
 )
 from experiments.tasks.sequence_batches import (
     SequenceDataset,
+    answers,
     at_bucket_length,
     draw_evaluation_batch,
     draw_train_batch,
@@ -181,8 +182,3 @@ class SequencePrediction(objectives.ObjectiveTask):
             lambda *leaves: np.concatenate(leaves)[:total], *rows
         )
         return told, measures, first
-
-
-def answers(prediction: Any) -> jax.Array:
-    """What a model answered, without the states it may return besides."""
-    return prediction[0] if isinstance(prediction, tuple) else prediction

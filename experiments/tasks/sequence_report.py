@@ -1,6 +1,6 @@
 """What the reports of sequence models show besides the training curves."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from experiments import figures
 from experiments.report import Section
 from experiments.tasks import music_report
 from experiments.tasks.gates_report import gate_sections
+from experiments.tasks.sequence_batches import answers
 from experiments.tasks.set_prediction_report import measures_by_size, size_groups
 
 SHOWN_SEQUENCES = 8
@@ -84,6 +85,34 @@ def _words_of(dataset: Any, labels: list[int], of_sequence: bool) -> str:
     return ", ".join(map(str, labels)) if of_sequence else dataset.decode(labels)
 
 
+def window_cache(batch_size: int, window: int) -> tuple[jax.Array, jax.Array]:
+    """What `window_step` has read at first: the tokens, and how many."""
+    return jnp.zeros((batch_size, window), jnp.int32), jnp.zeros(batch_size, jnp.int32)
+
+
+def window_step(predict: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable:
+    """A step for `archs.decoding` of a model that reads its last tokens only.
+
+    Args:
+      predict: (tokens [batch, window], lengths [batch]) -> logits [batch, window, K].
+
+    Returns:
+      A function of a cache, that of `window_cache` at first, and tokens [batch].
+    """
+
+    def step(cache, tokens):
+        read, lengths = cache
+        window = read.shape[1]
+        full = (lengths == window)[:, None]
+        read = jnp.where(full, jnp.roll(read, -1, axis=1), read)
+        lengths = jnp.minimum(lengths + 1, window)
+        rows = jnp.arange(len(read))
+        read = read.at[rows, lengths - 1].set(tokens)
+        return predict(read, lengths)[rows, lengths - 1], (read, lengths)
+
+    return step
+
+
 def language_sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Section]:
     """Texts that a `LanguageModeling` run writes; writes `samples.txt`.
 
@@ -100,10 +129,14 @@ def language_sections(task: Any, state: Any, workdir: Path, seed: int) -> list[S
 
     @jax.jit
     def write(variables, key, temperature):
-        def step(cache, tokens):
-            return model.apply(variables, cache, tokens, method="decode_step")
+        if task.carry_state:
+            cache = model.apply(variables, 1, length, method="init_cache")
 
-        cache = model.apply(variables, 1, length, method="init_cache")
+            def step(cache, tokens):
+                return model.apply(variables, cache, tokens, method="decode_step")
+        else:
+            cache = window_cache(1, task.window)
+            step = window_step(lambda *read: answers(model.apply(variables, *read)))
         # No token of a stream ends it.
         tokens, _, _ = sample(
             step, cache, first, length, -1, key, temperature=temperature
