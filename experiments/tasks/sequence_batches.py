@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +22,8 @@ class SequenceDataset(Protocol):
     has `sample(key, num_sequences, split, arrays)`. Both return a batch: "inputs"
     [sequence, step, ...], "lengths" int32 [sequence], "targets" [sequence] or
     [sequence, step, ...], of the latter "target_mask" bool [sequence, step], and what
-    else evaluation groups by, int [sequence].
+    else evaluation groups by, int [sequence]. Where the target of a step is the input
+    of the next, there is `predicts_next`, True.
 
     Attributes:
       spec: `num_classes` is the number of outputs that the targets ask for.
@@ -93,3 +95,12 @@ def at_bucket_length(
 def answers(prediction: Any) -> jax.Array:
     """What a model answered, without the states it may return besides."""
     return prediction[0] if isinstance(prediction, tuple) else prediction
+
+
+def check_reads_the_past(model: nn.Module) -> None:
+    """Raises ValueError if a model of what comes next has read it already."""
+    if getattr(getattr(model, "stack", None), "bidirectional", False):
+        raise ValueError(
+            "the targets are what comes next, which a bidirectional stack reads; set "
+            "config.model.stack.bidirectional=False"
+        )

@@ -24,6 +24,7 @@ from experiments.tasks.sequence_batches import (
     SequenceDataset,
     answers,
     at_bucket_length,
+    check_reads_the_past,
     draw_evaluation_batch,
     draw_train_batch,
     evaluation_size,
@@ -76,12 +77,8 @@ class SequencePrediction(objectives.ObjectiveTask):
             "evaluation_batch",
         )
         objectives.check(sequence_objectives, self.objective)
-        both = getattr(getattr(self.model, "stack", None), "bidirectional", False)
-        if both and self.objective in ("frame_likelihood", "legal_symbol"):
-            raise ValueError(
-                f"{self.objective} is about what comes next, which a bidirectional "
-                "stack reads; set config.model.stack.bidirectional=False"
-            )
+        if getattr(self.dataset, "predicts_next", False):
+            check_reads_the_past(self.model)
 
     def read(self, prediction: Any) -> jax.Array:
         """The answers, without final states."""

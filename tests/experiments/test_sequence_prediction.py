@@ -153,15 +153,28 @@ def test_shapes_that_would_broadcast_are_refused(objective, shape, batch):
         ({"objective": "error"}, "objective must be one of cross_entropy.*'error'"),
         ({"objective": "_check_shape"}, "objective must be one of"),
         ({"num_sequences": 0}, "num_sequences must be 1 or more, not 0"),
-        (
-            {"model": classifier(bidirectional=True), "objective": "legal_symbol"},
-            "legal_symbol is about what comes next",
-        ),
     ],
 )
 def test_impossible_values_are_named(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         prediction(**fields)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "objective"),
+    [
+        (data.WordText("no.txt"), "cross_entropy"),
+        (data.TinyShakespeare(), "cross_entropy"),
+        (data.Chorales(), "frame_likelihood"),
+        (data.EmbeddedReber(), "legal_symbol"),
+    ],
+)
+def test_what_comes_next_is_not_to_be_read(dataset, objective):
+    model = archs.SequenceModel(
+        archs.RecurrentStack(archs.GRUCell(8), bidirectional=True), 9, 9
+    )
+    with pytest.raises(ValueError, match="targets are what comes next"):
+        prediction(model, dataset, objective=objective)
 
 
 # Buckets.
