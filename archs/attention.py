@@ -659,18 +659,32 @@ class _Affine(nn.Module):
 def from_torch(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Parameters of `MultiHeadAttention` from those of torch.nn.MultiheadAttention.
 
+    Without biases there (bias=False) ours are zero.
+
     Args:
       state: its `state_dict()`, with NumPy arrays for values.
       prefix: what precedes the names, such as "self_attn.".
 
     Returns:
       The parameters, of float32 NumPy arrays.
+
+    Raises:
+      ValueError: it has a key and a value of its own (add_bias_kv=True).
     """
+    if prefix + "bias_k" in state or prefix + "bias_v" in state:
+        raise ValueError(
+            "MultiHeadAttention has nothing for bias_k and bias_v: the torch module "
+            "must have add_bias_kv=False."
+        )
     if prefix + "in_proj_weight" in state:
         weights = np.split(np.asarray(state[prefix + "in_proj_weight"]), 3)
     else:
         weights = [np.asarray(state[f"{prefix}{x}_proj_weight"]) for x in "qkv"]
-    biases = np.split(np.asarray(state[prefix + "in_proj_bias"]), 3)
+    biases = [np.zeros(len(weight), weight.dtype) for weight in weights]
+    if prefix + "in_proj_bias" in state:
+        biases = np.split(np.asarray(state[prefix + "in_proj_bias"]), 3)
+    out = np.asarray(state[prefix + "out_proj.weight"]).T
+    no_bias = np.zeros(out.shape[1], out.dtype)
     params = {
         name: {"kernel": weight.T, "bias": bias}
         for name, weight, bias in zip(
@@ -678,8 +692,8 @@ def from_torch(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         )
     }
     params["out"] = {
-        "kernel": np.asarray(state[prefix + "out_proj.weight"]).T,
-        "bias": np.asarray(state[prefix + "out_proj.bias"]),
+        "kernel": out,
+        "bias": np.asarray(state.get(prefix + "out_proj.bias", no_bias)),
     }
     return params
 

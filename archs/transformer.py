@@ -798,6 +798,8 @@ class _Inputs(nn.Module):
 def layer_from_torch(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Parameters of `TransformerLayer` from those of a layer of PyTorch.
 
+    Without biases there (bias=False) ours are zero.
+
     Args:
       state: the `state_dict()` of torch.nn.TransformerEncoderLayer, or of
         TransformerDecoderLayer for a layer with `cross_attention`, with NumPy arrays
@@ -814,8 +816,9 @@ def layer_from_torch(state: Mapping[str, Any], prefix: str = "") -> dict[str, An
             params[ours] = attention.from_torch(state, name + ".")
             continue
         weight = np.asarray(state[name + ".weight"])
+        bias = state.get(name + ".bias", np.zeros(len(weight), weight.dtype))
         weight = {"scale": weight} if "norm" in theirs else {"kernel": weight.T}
-        params[ours] = {**weight, "bias": np.asarray(state[name + ".bias"])}
+        params[ours] = {**weight, "bias": np.asarray(bias)}
     return params
 
 
