@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from .contracts import check_mask, zero_absent
+from .contracts import check_lengths, check_mask, zero_absent
 from .dropout import Dropout
 from .precision import wide_dtype
 
@@ -227,26 +227,9 @@ def real_steps(
       TypeError: lengths are not integers, or the mask is not boolean.
     """
     check_mask(mask, shape)
+    check_lengths(lengths, shape[0])
     if lengths is None:
         return mask
-    chex.assert_type(
-        lengths,
-        int,
-        custom_message=(
-            "lengths must be integers (the number of real steps), but their dtype is "
-            f"{lengths.dtype}."
-        ),
-        exception_type=TypeError,
-    )
-    chex.assert_shape(
-        lengths,
-        shape[:1],
-        custom_message=(
-            f"lengths must have shape {tuple(shape[:1])}, one for each sequence, but "
-            f"their shape is {lengths.shape}."
-        ),
-        exception_type=ValueError,
-    )
     real = padding_mask(lengths, shape[1])
     return real if mask is None else real & mask
 
