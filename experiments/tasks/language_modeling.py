@@ -18,7 +18,11 @@ from experiments.loop import Training
 from experiments.optimizers import Optimizer
 from experiments.report import Section
 from experiments.tasks import sequence_report, supervised
-from experiments.tasks.sequence_batches import SequenceDataset, answers
+from experiments.tasks.sequence_batches import (
+    SequenceDataset,
+    answers,
+    check_reads_the_past,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,7 @@ class LanguageModeling(supervised.SupervisedTask):
             )
         if not all(temperature > 0 for temperature in self.temperatures):
             raise ValueError(f"temperatures must be > 0, not {self.temperatures}")
+        check_reads_the_past(self.model)
         for split, arrays in self.dataset.arrays.items():
             if "stream" not in arrays:
                 raise ValueError(
@@ -135,9 +140,19 @@ class LanguageModeling(supervised.SupervisedTask):
             if self.carry_state:
                 carried = model_state.pop("carried")
                 # The first window of a part follows nothing.
-                keep = 1 - batch["reset"].astype(jnp.float32)
+                first = self.model.apply(
+                    {"params": params, **model_state},
+                    len(batch["inputs"]),
+                    method="init_cache",
+                )
                 arguments.append(
-                    jax.tree.map(lambda leaf: leaf * keep.astype(leaf.dtype), carried)
+                    jax.tree.map(
+                        lambda first, leaf: jnp.where(
+                            batch["reset"], first.astype(leaf.dtype), leaf
+                        ),
+                        first,
+                        carried,
+                    )
                 )
             output, model_state = self.model.apply(
                 {"params": params, **model_state},

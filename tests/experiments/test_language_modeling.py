@@ -85,6 +85,34 @@ def test_windows_go_on_with_the_state_of_the_last():
     assert float(measured["cross_entropy"][0]) == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_a_learned_initial_state_is_learned_and_used():
+    stack = archs.RecurrentStack(archs.LSTMCell(6), learned_initial_state=True)
+    model = archs.SequenceModel(stack, SIZE, vocabulary_size=SIZE, embedding_size=5)
+    task = modeling(model)
+    state = first_state(task)
+    layer = state.params["stack"]["layers_0"]
+    layer["initial_state"] = jax.tree.map(
+        lambda leaf: leaf + 0.5, layer["initial_state"]
+    )
+    step = jax.jit(task.train_step)
+    first, second = (
+        task.sample(jax.random.key(0), number, task.arrays) for number in (0, 1)
+    )
+    assert bool(first["reset"]) and not bool(second["reset"])
+    logits, _ = model.apply(task.variables(state), first["inputs"])
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, first["targets"])
+    after, measured = step(state, first, jax.random.key(1))
+    total, count = measured["cross_entropy"]
+    np.testing.assert_allclose(total / count, expected.mean(), rtol=1e-5)
+
+    def h0(state):
+        return state.params["stack"]["layers_0"]["initial_state"][0]
+
+    assert (h0(after) != h0(state)).any()
+    later, _ = step(after, second, jax.random.key(1))
+    np.testing.assert_array_equal(h0(later), h0(after))
+
+
 @pytest.mark.parametrize(
     ("model", "context", "stride"), [(recurrent(), 8, 5), (transformer(), 2, 3)]
 )
@@ -151,6 +179,9 @@ def test_samples_of_a_transformer_see_a_window():
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="TransformerLanguageModel has no state"):
         first_state(modeling(transformer()))
+    with pytest.raises(ValueError, match="bidirectional stack reads"):
+        stack = archs.RecurrentStack(archs.LSTMCell(6), bidirectional=True)
+        modeling(archs.SequenceModel(stack, SIZE, vocabulary_size=SIZE))
     with pytest.raises(ValueError, match="temperatures must be > 0"):
         modeling(temperatures=(0.0,))
     with pytest.raises(ValueError, match=r"context must be below window \(5\)"):
