@@ -11,7 +11,8 @@ in between. Post-norm is that of Vaswani et al., "Attention is all you need", Ne
 2002.04745.
 
 Nothing in a layer knows the order of the steps: without positions the encoder is
-permutation-*equivariant*, and invariant once its outputs are pooled.
+permutation-*equivariant*, and invariant once its outputs are pooled. (The slide says
+invariant of the encoder itself: equivariant is meant.)
 
 Sequences are [batch, time, feature], or integer token ids [batch, time]; `lengths
 [batch]` says how many steps are real, the first ones. What comes after them, NaN too,

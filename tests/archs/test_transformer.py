@@ -161,6 +161,19 @@ def test_only_without_positions_the_order_is_nothing(positions):
                 run()
 
 
+def test_an_encoder_is_equivariant_where_the_slide_says_invariant():
+    inputs, mask = normal(0, 3, 6, 5), padding_mask(LENGTHS, 6)
+    f = function_of(TransformerEncoder(**FIELDS, positions=None), inputs)
+
+    def encode(x, mask):
+        return f(x, mask=mask)
+
+    key = jax.random.key(0)
+    contracts.assert_permutation_equivariant(encode, inputs, mask, key=key)
+    with pytest.raises(AssertionError, match="invariance is violated"):
+        contracts.assert_permutation_invariant(encode, inputs, mask, key=key)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "max"])
 def test_classifier_without_positions_is_of_sets(pooling):
     inputs, mask = normal(0, 3, 6, 5), padding_mask(LENGTHS, 6)
