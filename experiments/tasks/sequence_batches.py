@@ -7,10 +7,12 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import data
 from data.samplers import bucketed_batch
 from experiments.tasks import supervised
+from experiments.tasks.groups import spread
 from experiments.tasks.objectives import at_length
 
 
@@ -70,6 +72,22 @@ def draw_evaluation_batch(
         key = supervised.evaluation_key(split, index)
         batch = dataset.sample(key, batch_size, split, arrays)
     return batch | {"counted": number < size}
+
+
+def chosen_batch(task: Any, split: str, count: int) -> dict:
+    """A few of the sequences of an evaluation, of all lengths: evenly chosen.
+
+    Args:
+      task: has a `SequenceDataset`, `eval_batch`, and `evaluation_size(split)`.
+      split: the evaluation's.
+      count: how many; fewer if there are no more.
+    """
+    number = np.array(spread(range(task.evaluation_size(split)), count))
+    if hasattr(task.dataset, "buckets"):
+        return task.dataset.select(number, split, task.arrays)
+    # Those generated come in any order.
+    batch = jax.jit(task.eval_batch, static_argnums=0)(split, 0, task.arrays)
+    return {name: leaf[: len(number)] for name, leaf in batch.items()}
 
 
 def at_bucket_length(
