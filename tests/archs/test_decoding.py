@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from archs import (
     GRUCell,
@@ -281,7 +282,7 @@ def test_beams_do_not_move_the_source(name):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "gather":
                 gathered.append(equation.invars[0].aval.shape)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jaxprs_in_params(equation.params):
                 visit(inner)
 
     visit(jax.make_jaxpr(search)(variables).jaxpr)
