@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import data
+from archs import Bidirectional
 from data.samplers import bucketed_batch
 from experiments.tasks import supervised
 from experiments.tasks.groups import spread
@@ -117,8 +118,10 @@ def answers(prediction: Any) -> jax.Array:
 
 def check_reads_the_past(model: nn.Module) -> None:
     """Raises ValueError if a model of what comes next has read it already."""
-    if getattr(getattr(model, "stack", None), "bidirectional", False):
+    stack = getattr(model, "stack", None)
+    both = isinstance(stack, Bidirectional) or getattr(stack, "bidirectional", False)
+    if both or getattr(stack, "reverse", False):
         raise ValueError(
-            "the targets are what comes next, which a bidirectional stack reads; set "
-            "config.model.stack.bidirectional=False"
+            "the targets are what comes next, which a bidirectional stack reads; use a "
+            "RecurrentStack with bidirectional=False"
         )

@@ -45,16 +45,15 @@ def measure_test(task: Any, state: Any, workdir: Path) -> dict[str, float]:
             translate(state, task.arrays, np.int32(index))
         )
         for i in np.flatnonzero(batch["counted"]):
-            pair = (
-                texts[len(rows)]
-                if texts
-                else (
+            if texts:
+                pair = texts[len(rows)]
+            else:
+                pair = (
                     decode_source(batch["inputs"][i]),
                     dataset.decode(batch["targets"][i]),
                 )
-            )
-            found = dataset.decode(tokens[i])
-            rows.append((*pair, found, f"{log_probability[i]:.4f}"))
+            written = dataset.decode(tokens[i])
+            rows.append((*pair, written, f"{log_probability[i]:.4f}"))
     with (workdir / FILE).open("w", newline="") as file:
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows(
             [COLUMNS, *rows]

@@ -182,6 +182,9 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="bidirectional stack reads"):
         stack = archs.RecurrentStack(archs.LSTMCell(6), bidirectional=True)
         modeling(archs.SequenceModel(stack, SIZE, vocabulary_size=SIZE))
+    with pytest.raises(ValueError, match="bidirectional stack reads"):
+        stack = archs.Bidirectional(archs.LSTMCell(6))
+        modeling(archs.SequenceModel(stack, SIZE, vocabulary_size=SIZE))
     with pytest.raises(ValueError, match="temperatures must be > 0"):
         modeling(temperatures=(0.0,))
     with pytest.raises(ValueError, match=r"context must be below window \(5\)"):
