@@ -4,7 +4,15 @@ Each module holds one architecture or one idea; all public names are importable 
 here.
 """
 
-from . import attention, contracts, decoding, pooling, quantification, transformer
+from . import (
+    attention,
+    contracts,
+    decoding,
+    pooling,
+    quantification,
+    recurrent,
+    transformer,
+)
 from .attention import AdditiveAttention, MultiHeadAttention, dot_product_attention
 from .chunked import apply_in_chunks, apply_sharded
 from .contracts import (
@@ -15,6 +23,7 @@ from .contracts import (
     assert_padding_invariant,
     assert_permutation_equivariant,
     assert_permutation_invariant,
+    assert_sequence_padding_invariant,
     assert_size_generalization,
     assert_weights_are_multiplicities,
 )
@@ -188,6 +197,7 @@ __all__ = [
     "assert_padding_invariant",
     "assert_permutation_equivariant",
     "assert_permutation_invariant",
+    "assert_sequence_padding_invariant",
     "assert_size_generalization",
     "assert_weights_are_multiplicities",
     "attention",
@@ -229,6 +239,7 @@ __all__ = [
     "probabilistic_classify_and_count",
     "quantification",
     "quantile_pool",
+    "recurrent",
     "relative_absolute_error",
     "simplex_least_squares",
     "smooth",

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from .contracts import check_mask, zero_absent
+from .contracts import check_lengths, check_mask, zero_absent
 from .dropout import Dropout
 from .precision import wide_dtype
 
@@ -227,26 +227,9 @@ def real_steps(
       TypeError: lengths are not integers, or the mask is not boolean.
     """
     check_mask(mask, shape)
+    check_lengths(lengths, shape[0])
     if lengths is None:
         return mask
-    chex.assert_type(
-        lengths,
-        int,
-        custom_message=(
-            "lengths must be integers (the number of real steps), but their dtype is "
-            f"{lengths.dtype}."
-        ),
-        exception_type=TypeError,
-    )
-    chex.assert_shape(
-        lengths,
-        shape[:1],
-        custom_message=(
-            f"lengths must have shape {tuple(shape[:1])}, one for each sequence, but "
-            f"their shape is {lengths.shape}."
-        ),
-        exception_type=ValueError,
-    )
     real = padding_mask(lengths, shape[1])
     return real if mask is None else real & mask
 
@@ -667,18 +650,32 @@ class Affine(nn.Module):
 def from_torch(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Parameters of `MultiHeadAttention` from those of torch.nn.MultiheadAttention.
 
+    Without biases there (bias=False) ours are zero.
+
     Args:
       state: its `state_dict()`, with NumPy arrays for values.
       prefix: what precedes the names, such as "self_attn.".
 
     Returns:
       The parameters, of float32 NumPy arrays.
+
+    Raises:
+      ValueError: it has a key and a value of its own (add_bias_kv=True).
     """
+    if prefix + "bias_k" in state or prefix + "bias_v" in state:
+        raise ValueError(
+            "MultiHeadAttention has nothing for bias_k and bias_v: the torch module "
+            "must have add_bias_kv=False."
+        )
     if prefix + "in_proj_weight" in state:
         weights = np.split(np.asarray(state[prefix + "in_proj_weight"]), 3)
     else:
         weights = [np.asarray(state[f"{prefix}{x}_proj_weight"]) for x in "qkv"]
-    biases = np.split(np.asarray(state[prefix + "in_proj_bias"]), 3)
+    biases = [np.zeros(len(weight), weight.dtype) for weight in weights]
+    if prefix + "in_proj_bias" in state:
+        biases = np.split(np.asarray(state[prefix + "in_proj_bias"]), 3)
+    out = np.asarray(state[prefix + "out_proj.weight"]).T
+    no_bias = np.zeros(out.shape[1], out.dtype)
     params = {
         name: {"kernel": weight.T, "bias": bias}
         for name, weight, bias in zip(
@@ -686,8 +683,8 @@ def from_torch(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         )
     }
     params["out"] = {
-        "kernel": np.asarray(state[prefix + "out_proj.weight"]).T,
-        "bias": np.asarray(state[prefix + "out_proj.bias"]),
+        "kernel": out,
+        "bias": np.asarray(state.get(prefix + "out_proj.bias", no_bias)),
     }
     return params
 

@@ -103,6 +103,35 @@ def check_mask(mask: jax.Array | None, shape: tuple[int, ...]) -> None:
     )
 
 
+def check_lengths(lengths: jax.Array | None, batch_size: int) -> None:
+    """Checks that `lengths` is None or integer [batch].
+
+    Raises:
+      ValueError: the lengths have another shape.
+      TypeError: the lengths are not integers.
+    """
+    if lengths is None:
+        return
+    chex.assert_type(
+        lengths,
+        int,
+        custom_message=(
+            "lengths must have an integer dtype (the number of real steps), but their "
+            f"dtype is {jnp.result_type(lengths)}."
+        ),
+        exception_type=TypeError,
+    )
+    chex.assert_shape(
+        lengths,
+        (batch_size,),
+        custom_message=(
+            f"lengths must have shape {(batch_size,)}, one entry per sequence, but "
+            f"their shape is {jnp.shape(lengths)}."
+        ),
+        exception_type=ValueError,
+    )
+
+
 def check_weights(weights: jax.Array | None, shape: tuple[int, ...]) -> None:
     """Checks that `weights` is None or floating of the given shape.
 

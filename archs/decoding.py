@@ -158,7 +158,7 @@ def beam_search(
 
     def advance(state):
         i, cache, last, tokens, lengths, log_p, ended, greedy_place = state
-        logits, cache = step(cache, rows(last))
+        logits, changed = step(cache, rows(last))
         gains = jax.nn.log_softmax(logits.astype(jnp.float32))
         size = gains.shape[-1]
         # What has ended goes on by padding, for nothing.
@@ -175,9 +175,13 @@ def beam_search(
             index = parent.reshape(*shape, *(1,) * (x.ndim - 2))
             return jnp.take_along_axis(x, index, axis=1)
 
-        cache = jax.tree.map(
-            lambda x: rows(inherit(x.reshape(*shape, *x.shape[1:]))), cache
-        )
+        def move(old: jax.Array, new: jax.Array) -> jax.Array:
+            # What no step changes, such as a source, is the same in all of the beam.
+            if new is old:
+                return old
+            return rows(inherit(new.reshape(*shape, *new.shape[1:])))
+
+        cache = jax.tree.map(move, cache, changed)
         log_p = jnp.take_along_axis(totals.reshape(batch, -1), best, axis=1)
         tokens = inherit(tokens).at[:, :, i].set(token)
         ended = inherit(ended) | (token == eos)

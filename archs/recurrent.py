@@ -25,7 +25,7 @@ element, and h(0) is zero or learned:
 
     PeepholeLSTMCell  Gu, Gf see p_g * c(t-1) too, and Go sees p_o * c(t)
 
-Cells know one step; `Recurrent` runs one over time, `Bidirectional` two, and
+To call a cell is one step; `Recurrent` runs one over time, `Bidirectional` two, and
 `RecurrentStack` several layers of either. `SequenceClassifier` (M to 1),
 `SequenceModel` with `generate` (M to M, 1 to N) and `RecurrentEncoderDecoder` (M to N)
 are made of stacks.
@@ -64,9 +64,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from .attention import AdditiveAttention
+from .attention import AdditiveAttention, padding_mask
+from .contracts import check_lengths
 from .dropout import Dropout
 from .encoders import dense, uniform_fan_in
+from .pooling import max_pool, mean_pool
+from .precision import widen
 
 _MERGES = ("concat", "sum", "mean")
 _POOLINGS = ("last", "mean", "max")
@@ -389,11 +392,15 @@ def _run_backward(equations, reverse, residuals, d):
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _run_cudnn(w, inputs, state, reverse):
-    """`_run` of an LSTM by cuDNN, whose gates are u, f, the candidate and o."""
+def _run_cudnn(w, inputs, state, real, reverse):
+    """`_run` of an LSTM by cuDNN, whose gates are u, f, the candidate and o.
+
+    JAX has its kernel in float32 alone, hence half precision is in the results only.
+    """
     from jax.experimental import rnn
 
-    size = state[0].shape[-1]
+    size, dtype = state[0].shape[-1], w["kernel"].dtype
+    w, inputs, state = jax.tree.map(jnp.float32, (w, inputs, state))
 
     def theirs(x: jax.Array) -> jax.Array:  # [..., 4 hidden] -> [4 hidden, ...]
         update, forget, output, candidate = _split(x, 4)
@@ -404,14 +411,34 @@ def _run_cudnn(w, inputs, state, reverse):
     bias = theirs(w["bias"])
     kernels = theirs(w["kernel"]), theirs(w["recurrent"])
     weights = jnp.concatenate([*kernels, bias, jnp.zeros_like(bias)])
-    x = inputs.swapaxes(0, 1)  # [batch, time, feature]
-    x = jnp.flip(x, 1) if reverse else x
-    lengths = jnp.full(len(x), x.shape[1], jnp.int32)
+    time = jnp.arange(len(inputs))[:, None]
+    lengths = jnp.full(inputs.shape[1], len(inputs), jnp.int32)
+    if real is not None:
+        lengths = real[..., 0].sum(0, dtype=jnp.int32)
+
+    def turn(x: jax.Array) -> jax.Array:  # each sequence back to front, [time, batch]
+        if not reverse:
+            return x
+        order = jnp.where(time < lengths, lengths - 1 - time, time)
+        return jnp.take_along_axis(x, order[..., None], 0)
+
+    x = turn(inputs).swapaxes(0, 1)  # [batch, time, feature]
     outputs, h, c = rnn.lstm(
-        x, *(s[None] for s in state), weights, lengths, x.shape[-1], size, 1, 0.0, False
+        x,
+        *(s[None] for s in state),
+        weights,
+        jnp.maximum(lengths, 1),  # cuDNN has no empty sequence
+        x.shape[-1],
+        size,
+        1,
+        0.0,
+        False,
     )
-    outputs = jnp.flip(outputs, 1) if reverse else outputs
-    return outputs.swapaxes(0, 1), (h[0], c[0])
+    outputs = _select(real, turn(outputs.swapaxes(0, 1)), 0.0)
+    last = h[0], c[0]
+    if real is not None:
+        last = _select(lengths[:, None] > 0, last, state)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), (outputs, last))
 
 
 def _project(kernel: jax.Array, bias: jax.Array, inputs: jax.Array) -> jax.Array:
@@ -588,10 +615,14 @@ class GRUCell(_Cell):
       hidden_size, vocabulary_size, dtype: see `SimpleCell`.
       relevance_gate: whether there is Gr; otherwise it is 1.
       reset_after: whether Gr acts after the product with W.
+      chrono_max_length: the longest dependency T expected: b_u starts from
+        -log(uniform(1, T - 1)), so that memories, of which 1 - Gu is kept in a step,
+        last for 1 to T steps; None: from 0. Tallec and Ollivier, arXiv 1804.11188.
     """
 
     relevance_gate: bool = True
     reset_after: bool = False
+    chrono_max_length: int | None = None
 
     def equations(self) -> Any:
         if self.reset_after and not self.relevance_gate:
@@ -602,6 +633,13 @@ class GRUCell(_Cell):
         if not self.relevance_gate:
             return _PlainGRU
         return _ResetAfterGRU if self.reset_after else _GRU
+
+    def init_bias(self, key: jax.Array, shape: Any, dtype: Any = jnp.float32):
+        bias = jnp.zeros(shape, dtype)
+        if self.chrono_max_length is None:
+            return bias
+        size = self.hidden_size
+        return bias.at[:size].set(-_log_times(key, size, self.chrono_max_length))
 
     def more_parameters(self) -> dict[str, jax.Array]:
         if not self.reset_after:
@@ -634,7 +672,8 @@ class LSTMCell(_Cell):
         h(t) = Go * tanh(c(t))
 
     The slides print Gr where the second gate is computed, but use it as Gf, the forget
-    gate. Hochreiter and Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000.
+    gate, and hats on h(t) and c(t), which denote candidates elsewhere.
+    Hochreiter and Schmidhuber 1997; Gers, Schmidhuber and Cummins 2000.
 
     The columns of `kernel` and `recurrent_kernel` are u, f, o and the candidate.
 
@@ -645,10 +684,14 @@ class LSTMCell(_Cell):
       chrono_max_length: the longest dependency T expected: b_f starts from
         log(uniform(1, T - 1)) and b_u from -b_f, so that memories last for 1 to T
         steps. Replaces forget_bias. Tallec and Ollivier, arXiv 1804.11188.
+      cudnn: whether a GPU runs floating inputs by cuDNN's kernel, in float32 whatever
+        the dtype. JAX knows its first reverse-mode derivative, but neither a second
+        one nor `jax.vmap` of it, and refuses them: for these False keeps our own loop.
     """
 
     forget_bias: float = 1.0
     chrono_max_length: int | None = None
+    cudnn: bool = True
 
     def equations(self) -> Any:
         return _LSTM
@@ -663,33 +706,34 @@ class LSTMCell(_Cell):
     def run(
         self, inputs: jax.Array, state: Any, real: jax.Array | None, reverse: bool
     ) -> tuple[jax.Array, Any]:
-        """See `_Cell.run`. On a GPU cuDNN's kernel runs float32 without lengths."""
+        """See `_Cell.run`; on a GPU by cuDNN where it can."""
         if (
             jax.default_backend() != "gpu"
+            or not self.cudnn
             or self.equations() is not _LSTM
-            or real is not None
-            or inputs.dtype != jnp.float32
-            or self.dtype not in (None, jnp.float32)
+            or jnp.issubdtype(inputs.dtype, jnp.integer)
+            or jnp.float64 in (inputs.dtype, self.dtype)
             or self.is_mutable_collection("intermediates")
         ):
             return super().run(inputs, state, real, reverse)
-        return _run_cudnn(self.weights(inputs), inputs, state, reverse)
+        return _run_cudnn(self.weights(inputs), inputs, state, real, reverse)
 
     def init_bias(self, key: jax.Array, shape: Any, dtype: Any = jnp.float32):
         forget = jnp.full((self.hidden_size,), self.forget_bias)
         update = jnp.zeros((self.hidden_size,))
-        longest = self.chrono_max_length
-        if longest is not None:
-            if longest < 3:
-                raise ValueError(
-                    f"chrono_max_length must be 3 or more, but {longest} was given."
-                )
-            times = jax.random.uniform(
-                key, forget.shape, minval=1.0, maxval=longest - 1.0
-            )
-            forget = jnp.log(times)
+        if self.chrono_max_length is not None:
+            forget = _log_times(key, self.hidden_size, self.chrono_max_length)
             update = -forget
         return jnp.concatenate([update, forget, 0 * forget, 0 * forget]).astype(dtype)
+
+
+def _log_times(key: jax.Array, size: int, longest: int) -> jax.Array:
+    """log(uniform(1, longest - 1)), [size], of the chrono initialisation."""
+    if longest < 3:
+        raise ValueError(
+            f"chrono_max_length must be 3 or more, but {longest} was given."
+        )
+    return jnp.log(jax.random.uniform(key, (size,), minval=1.0, maxval=longest - 1.0))
 
 
 class PeepholeLSTMCell(LSTMCell):
@@ -710,6 +754,7 @@ class PeepholeLSTMCell(LSTMCell):
     Attributes:
       hidden_size, vocabulary_size, dtype: see `SimpleCell`.
       forget_bias, chrono_max_length: see `LSTMCell`.
+      cudnn: without meaning here.
       full: whether a gate sees all of c, through a matrix, `c @ p`; else each unit sees
         its own.
     """
@@ -746,7 +791,8 @@ class Recurrent(nn.Module):
         and the final state; otherwise JAX differentiates the loop over `__call__`.
       reverse: whether time runs backward: each sequence from its own last element to
         the first. Outputs stand where their inputs do.
-      learned_initial_state: whether the initial state is a parameter, zero at first.
+      learned_initial_state: whether the initial state is a parameter, zero at first; of
+        a complex one its "real" and "imag" parts are.
     """
 
     cell: nn.Module
@@ -756,7 +802,8 @@ class Recurrent(nn.Module):
     def setup(self) -> None:
         if self.learned_initial_state:
             self.first_state = self.param(
-                "initial_state", lambda key: self.cell.initial_state(1, jnp.float32)
+                "initial_state",
+                lambda key: _parts(self.cell.initial_state(1, jnp.float32)),
             )
 
     def initial_state(self, batch_size: int, dtype: Any = None) -> Any:
@@ -765,9 +812,9 @@ class Recurrent(nn.Module):
         if not self.learned_initial_state:
             return state
         return jax.tree.map(
-            lambda first, zero: jnp.broadcast_to(first, zero.shape).astype(zero.dtype),
-            self.first_state,
+            lambda zero, first: jnp.broadcast_to(first, zero.shape).astype(zero.dtype),
             state,
+            _merge(state, self.first_state),
         )
 
     def __call__(
@@ -800,7 +847,7 @@ class Recurrent(nn.Module):
         inputs = inputs.swapaxes(0, 1)  # [time, batch, ...]
         real = None
         if lengths is not None:
-            real = (jnp.arange(time)[:, None] < lengths)[..., None]
+            real = padding_mask(lengths, time).T[..., None]
             inputs = jnp.where(real if floating else real[..., 0], inputs, 0)
         run = getattr(self.cell, "run", self._run)
         outputs, state = run(inputs, initial_state, real, self.reverse)
@@ -957,7 +1004,7 @@ class RecurrentStack(nn.Module):
             )
         real = None
         if lengths is not None:
-            real = jnp.arange(inputs.shape[1])[:, None] < lengths[:, None, None]
+            real = padding_mask(lengths, inputs.shape[1])[..., None]
         x, final_states = inputs, []
         for i, (layer, state) in enumerate(
             zip(self.layers, initial_state, strict=True)
@@ -976,6 +1023,28 @@ class RecurrentStack(nn.Module):
         if not self.variational:
             return self.dropout(y, train=train)
         return y * self.dropout(jnp.ones_like(y[:, :1]), train=train)
+
+
+def _parts(state: Any) -> Any:
+    """A state of real arrays: complex ones become {"real": ..., "imag": ...}."""
+
+    def parts(leaf: jax.Array) -> Any:
+        if not jnp.iscomplexobj(leaf):
+            return leaf
+        return {"real": leaf.real, "imag": leaf.imag}
+
+    return jax.tree.map(parts, state)
+
+
+def _merge(state: Any, parts: Any) -> Any:
+    """The inverse of `_parts`, which tells by `state` what is complex."""
+
+    def merge(leaf: jax.Array, part: Any) -> jax.Array:
+        if not jnp.iscomplexobj(leaf):
+            return part
+        return jax.lax.complex(widen(part["real"]), widen(part["imag"]))
+
+    return jax.tree.map(merge, state, parts)
 
 
 def _copy(cell: nn.Module) -> nn.Module:
@@ -997,26 +1066,7 @@ def check_sequences(inputs: jax.Array, lengths: jax.Array | None) -> None:
     _check_inputs(inputs, ("batch", "time"))
     if inputs.shape[1] == 0:
         raise ValueError("inputs must have one step of time or more, but have none.")
-    if lengths is None:
-        return
-    chex.assert_type(
-        lengths,
-        int,
-        custom_message=(
-            "lengths must have an integer dtype, but their dtype is "
-            f"{jnp.result_type(lengths)}."
-        ),
-        exception_type=TypeError,
-    )
-    chex.assert_shape(
-        lengths,
-        inputs.shape[:1],
-        custom_message=(
-            f"lengths must have shape {inputs.shape[:1]}, one entry per sequence, but "
-            f"their shape is {jnp.shape(lengths)}."
-        ),
-        exception_type=ValueError,
-    )
+    check_lengths(lengths, inputs.shape[0])
 
 
 def _check_inputs(inputs: jax.Array, axes: tuple[str, ...]) -> None:
@@ -1118,13 +1168,9 @@ class SequenceClassifier(nn.Module):
         batch, time, width = outputs.shape
         if lengths is None:
             lengths = jnp.full((batch,), time)
-        count = lengths[:, None]
-        if self.pooling == "mean":
-            return outputs.sum(1) / jnp.maximum(count, 1).astype(outputs.dtype)
-        if self.pooling == "max":
-            real = jnp.arange(time)[:, None] < count[..., None]
-            top = jnp.where(real, outputs, -jnp.inf).max(1)
-            return jnp.where(count > 0, top, 0)
+        if self.pooling != "last":
+            pool = {"mean": mean_pool, "max": max_pool}[self.pooling]
+            return pool(outputs, padding_mask(lengths, time))
         last = jnp.maximum(lengths - 1, 0)
         last = jnp.take_along_axis(outputs, last[:, None, None], 1)[:, 0]
         if getattr(self.stack, "bidirectional", False):
@@ -1220,7 +1266,7 @@ class _Bridge(nn.Module):
             layer = dense(leaf.shape[-1], summary.shape[-1], dtype=summary.dtype)
             return jnp.tanh(layer(summary))
 
-        return jax.tree.map(state, template)
+        return _merge(template, jax.tree.map(state, _parts(template)))
 
 
 class RecurrentEncoderDecoder(nn.Module):
@@ -1240,7 +1286,8 @@ class RecurrentEncoderDecoder(nn.Module):
 
     Attributes:
       encoder: a `RecurrentStack`.
-      decoder: a `RecurrentStack`, not bidirectional.
+      decoder: a `RecurrentStack`, not bidirectional, whose initial state is s(0), so
+        that it has none to learn.
       num_classes: K, the size of the target's vocabulary.
       source_vocabulary_size: that of the source; None: as the target's.
       embedding_size: the width of the vectors that tokens become.
@@ -1262,6 +1309,11 @@ class RecurrentEncoderDecoder(nn.Module):
     dtype: Any = None
 
     def setup(self) -> None:
+        if getattr(self.decoder, "learned_initial_state", False):
+            raise ValueError(
+                "the decoder begins with what the encoder ended with: it needs "
+                "learned_initial_state=False."
+            )
         source_size = self.source_vocabulary_size or self.num_classes
         size = self.embedding_size
         self.source_embedding = _embedding(source_size, size, self.dtype)
@@ -1285,7 +1337,7 @@ class RecurrentEncoderDecoder(nn.Module):
         embedded = self.source_embedding(source)
         embedded = self.dropout(embedded, train=train)
         keys, final_states = self.encoder(embedded, source_lengths, train=train)
-        summary = jnp.concatenate(jax.tree.leaves(final_states[-1]), -1)
+        summary = jnp.concatenate(jax.tree.leaves(_parts(final_states[-1])), -1)
         template = self.decoder.initial_state(source.shape[0])
         if source_lengths is None:
             source_lengths = jnp.full(source.shape[:1], source.shape[1])
@@ -1466,11 +1518,16 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
       params: of a `RecurrentStack` of cells that torch has, too.
 
     Raises:
-      ValueError: torch has no such cell.
+      ValueError: torch has no such cell, no layer norm, or no learned initial state.
     """
     weights: dict[str, np.ndarray] = {}
     for i in range(len(params)):
-        layer = params[f"layers_{i}"]
+        layer = params.get(f"layers_{i}")
+        if layer is None:
+            raise ValueError(
+                "torch has stacks of cells and nothing between them, but the "
+                f"parameters are {sorted(params)}."
+            )
         if "cell" in layer:
             weights |= _cell_to_torch(layer, f"_l{i}")
         else:
@@ -1511,15 +1568,24 @@ def _cell_from_torch(weights: dict[str, np.ndarray], end: str) -> dict[str, Any]
 
 
 def _cell_to_torch(layer: Mapping[str, Any], end: str) -> dict[str, np.ndarray]:
-    cell = {name: np.asarray(value) for name, value in layer["cell"].items()}
-    size, width = cell["recurrent_kernel"].shape
-    gates = width // size
-    known = gates in (1, 4) or "recurrent_bias" in cell
-    if gates not in _TORCH_ORDER or "peephole" in cell or not known:
+    if "initial_state" in layer:
+        raise ValueError(
+            "torch's initial state is an argument, no parameter: of a stack with "
+            "learned_initial_state convert the cells alone, without initial_state."
+        )
+    cell = layer["cell"]
+    names, gates = {"kernel", "recurrent_kernel", "bias"}, 0
+    if names <= set(cell):
+        size, width = np.shape(cell["recurrent_kernel"])
+        gates = width // size
+    if gates == 3:
+        names |= {"recurrent_bias"}
+    if gates not in _TORCH_ORDER or names != set(cell):
         raise ValueError(
             "torch has SimpleCell, GRUCell(reset_after=True) and LSTMCell, but the "
-            f"parameters are { ({k: v.shape for k, v in cell.items()}) }."
+            f"parameters of the cell are {sorted(cell)}, of {gates} gates."
         )
+    cell = {name: np.asarray(value) for name, value in cell.items()}
 
     def torchs(value: np.ndarray) -> np.ndarray:  # of [..., gates * hidden]
         value = _negate_update(value.T.reshape(gates, size, *value.shape[:-1]))

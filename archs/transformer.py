@@ -11,7 +11,8 @@ in between. Post-norm is that of Vaswani et al., "Attention is all you need", Ne
 2002.04745.
 
 Nothing in a layer knows the order of the steps: without positions the encoder is
-permutation-*equivariant*, and invariant once its outputs are pooled.
+permutation-*equivariant*, and invariant once its outputs are pooled. (The slide says
+invariant of the encoder itself: equivariant is meant.)
 
 Sequences are [batch, time, feature], or integer token ids [batch, time]; `lengths
 [batch]` says how many steps are real, the first ones. What comes after them, NaN too,
@@ -798,6 +799,8 @@ class _Inputs(nn.Module):
 def layer_from_torch(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Parameters of `TransformerLayer` from those of a layer of PyTorch.
 
+    Without biases there (bias=False) ours are zero.
+
     Args:
       state: the `state_dict()` of torch.nn.TransformerEncoderLayer, or of
         TransformerDecoderLayer for a layer with `cross_attention`, with NumPy arrays
@@ -814,8 +817,9 @@ def layer_from_torch(state: Mapping[str, Any], prefix: str = "") -> dict[str, An
             params[ours] = attention.from_torch(state, name + ".")
             continue
         weight = np.asarray(state[name + ".weight"])
+        bias = state.get(name + ".bias", np.zeros(len(weight), weight.dtype))
         weight = {"scale": weight} if "norm" in theirs else {"kernel": weight.T}
-        params[ours] = {**weight, "bias": np.asarray(state[name + ".bias"])}
+        params[ours] = {**weight, "bias": np.asarray(bias)}
     return params
 
 

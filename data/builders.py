@@ -8,20 +8,19 @@ import contextlib
 import dataclasses
 import difflib
 import fcntl
-import gzip
-import hashlib
+import functools
 import io
 import os
 import queue
 import shutil
 import threading
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from data import originals
 from data.datasets import DataError
 
 DEBIAN = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
@@ -432,9 +431,10 @@ def _idx_folder(config, data_dir, source_dir, download) -> tuple[Path, str]:
             f"{config.name} is not prepared in {data_dir} yet and its files are "
             f"missing: {allow}{remedy}."
         )
-    downloads.mkdir(parents=True, exist_ok=True)
     for file in missing:
-        _download(f"{config.url}{file}.gz", downloads / f"{file}.gz", config, remedy)
+        check = functools.partial(_checked, config=config, file=file)
+        url, path = f"{config.url}{file}.gz", downloads / f"{file}.gz"
+        originals.fetch(url, path, check, remedy)
     return downloads, f"downloaded from {config.url}"
 
 
@@ -445,41 +445,14 @@ def _idx_path(folder: Path, file: str) -> Path:
 
 def _read_idx(folder: Path, file: str, config: ArchsConfig) -> np.ndarray:
     """Values of an idx file, flat: its shape is known once its checksum is right."""
-    content = _checked(_idx_path(folder, file), config.md5[file])
+    content = _checked(_idx_path(folder, file), config, file)
     header_size = 4 + 4 * content[3]  # magic number, whose last byte is the rank
     return np.frombuffer(content, np.uint8, offset=header_size)
 
 
-def _checked(path: Path, md5: str) -> bytes:
-    """The uncompressed content of an idx file, if it is the published one."""
-    content = path.read_bytes()
-    try:
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
-        found = f"its content's md5 is {hashlib.md5(content).hexdigest()}"
-    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        found = str(e)
-    if not found.endswith(md5):
-        raise DataError(
-            f"{path} is damaged or not the published file: expected an idx file, "
-            f"gzipped or not, of {md5=}, but {found}. Replace it."
-        )
-    return content
-
-
-def _download(url: str, path: Path, config: ArchsConfig, remedy: str) -> None:
-    """Downloads one file; it gets its name only once it is whole and checked."""
-    import requests
-
-    part = path.with_suffix(".part")
-    try:
-        with connect(url) as response, open(part, "wb") as file:
-            for chunk in response.iter_content(1 << 20):
-                file.write(chunk)
-    except requests.RequestException as e:
-        raise DataError(f"Could not download {url} ({e}). Instead, {remedy}.") from e
-    _checked(part, config.md5[path.stem])
-    part.rename(path)
+def _checked(path: Path, config: ArchsConfig, file: str) -> bytes:
+    name = "an idx file, gzipped or not,"
+    return originals.checked(path, name, "md5", config.md5[file])
 
 
 def connect(url: str):

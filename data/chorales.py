@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import os
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,8 @@ class Chorales:
     download: bool = False
     num_buckets: int = 4
     min_bucket_size: int = 32
+
+    predicts_next: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.collection not in ORIGINALS:

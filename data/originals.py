@@ -106,15 +106,21 @@ def read(
     """
     downloads = cache_dir(data_dir) / "downloads" / "archs" / dataset
     folder = downloads if source_dir is None else Path(source_dir).expanduser()
+
+    def check(path: Path) -> bytes:
+        member = original.name if original.archive else ""
+        return checked(path, original.name, "sha256", original.sha256, member)
+
     for path in _candidates(original, folder):
         if path.exists():
-            return _checked(original, path), f"folder {folder}"
+            return check(path), f"folder {folder}"
     published = original.archive or Path(original.url).name
     remedy = f"put {published} of {original.url} into {folder}"
     if source_dir is not None or not download:
         allow = "" if source_dir is not None else "allow download=True, or "
         raise DataError(f"{dataset} needs {original.name}: {allow}{remedy}.")
-    return _download(original, downloads, remedy), f"downloaded from {original.url}"
+    content = fetch(original.url, downloads / published, check, remedy)
+    return content, f"downloaded from {original.url}"
 
 
 def _candidates(original: Original, folder: Path) -> list[Path]:
@@ -125,43 +131,67 @@ def _candidates(original: Original, folder: Path) -> list[Path]:
     return [folder / name for name in names if name]
 
 
-def _checked(original: Original, path: Path) -> bytes:
+def checked(
+    path: Path, name: str, algorithm: str, digest: str, member: str = ""
+) -> bytes:
+    """The uncompressed content of a file, if it is the published one.
+
+    Args:
+        path: of the file, gzipped or not.
+        name: of what was published, for the message.
+        algorithm: "sha256" or "md5".
+        digest: the checksum of the *uncompressed* content.
+        member: which one it is, if the file is a zip archive.
+
+    Raises:
+        DataError: it is another file, or cannot be read.
+    """
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
-        elif original.archive and zipfile.is_zipfile(path):
+        elif member and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                content = archive.read(original.name)
-        found = f"the content's SHA-256 is {hashlib.sha256(content).hexdigest()}"
+                content = archive.read(member)
+        computed = hashlib.new(algorithm, content).hexdigest()
+        found = f"the content's {algorithm} is {computed}"
     except (OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
         found = f"it cannot be read ({error})"
-    if not found.endswith(original.sha256):
+    if not found.endswith(digest):
         raise DataError(
-            f"{path} is damaged or not the published file: expected {original.name} of "
-            f"SHA-256 {original.sha256}, but {found}. Replace it."
+            f"{path} is damaged or not the published file: expected {name} of "
+            f"{algorithm} {digest}, but {found}. Replace it."
         )
     return content
 
 
-def _download(original: Original, folder: Path, remedy: str) -> bytes:
-    """A file gets its name only once it is whole and checked."""
+def fetch(url: str, path: Path, check: Callable[[Path], bytes], remedy: str) -> bytes:
+    """Downloads a file; it gets its name only once it is whole and checked.
+
+    Args:
+        url: where it is.
+        path: what it is to be called.
+        check: returns the content of a path, or raises DataError.
+        remedy: what else can be done, for the message.
+
+    Raises:
+        DataError: it cannot be downloaded or written, or `check` refuses it.
+    """
     import requests
 
     from data.builders import connect
 
-    path = folder / (original.archive or Path(original.url).name)
     part = path.with_suffix(f"{path.suffix}.{os.getpid()}.part")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with connect(original.url) as response, open(part, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with connect(url) as response, open(part, "wb") as file:
             for chunk in response.iter_content(1 << 20):
                 file.write(chunk)
-        content = _checked(original, part)
+        content = check(part)
         part.rename(path)
     except requests.RequestException as error:
         raise DataError(
-            f"Could not download {original.url} ({error}). Instead, {remedy}."
+            f"Could not download {url} ({error}). Instead, {remedy}."
         ) from error
     except OSError as error:
         raise DataError(

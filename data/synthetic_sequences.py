@@ -278,6 +278,7 @@ class EmbeddedReber:
     max_length: int = 30
 
     symbols: ClassVar[str] = "BTPSXVE"
+    predicts_next: ClassVar[bool] = True
     arrays: ClassVar[dict] = {"train": {}, "validation": {}, "test": {}}
 
     def __post_init__(self):

@@ -55,6 +55,8 @@ class TinyShakespeare:
     download: bool = False
     validation_fraction: float = 0.05
 
+    predicts_next: ClassVar[bool] = True
+
     def __post_init__(self):
         if self.length < 1:
             raise ValueError(f"length must be 1 or more, not {self.length}")
@@ -180,6 +182,8 @@ class WordText:
     split_seed: int = 0
     num_buckets: int = 8
     min_bucket_size: int = 128
+
+    predicts_next: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.unit not in ("sentence", "line"):

@@ -708,6 +708,50 @@ def gradient_flow(
     return figure
 
 
+@matplotlib.rc_context(_STYLE)
+def accuracy_by_distance(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], label: str, chance: float
+) -> Figure:
+    """Accuracies against a distance, a line for each model.
+
+    Args:
+      curves: name of a model -> (distances [distance], accuracies [run, distance]),
+        NaN where a run has none. The line is the mean, the band the range of all runs.
+      label: what the distance is.
+      chance: the accuracy of guessing; dashed.
+
+    Returns:
+      A figure with one axes.
+    """
+    figure = Figure(figsize=(WIDTH, 3.2))
+    axes = figure.subplots()
+    axes.axhline(chance, color=INK, linewidth=1, dashes=(4, 3), label="chance")
+    for i, (name, (distances, accuracies)) in enumerate(curves.items()):
+        color = PALETTE[i % len(PALETTE)]
+        axes.fill_between(
+            distances,
+            np.nanmin(accuracies, 0),
+            np.nanmax(accuracies, 0),
+            color=color,
+            alpha=0.2,
+            linewidth=0,
+        )
+        axes.plot(
+            distances,
+            np.nanmean(accuracies, 0),
+            color=color,
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=4,
+            linestyle="-" if i < len(PALETTE) else ":",
+            label=name,
+        )
+    axes.set_xlabel(label)
+    axes.set_ylabel("accuracy")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    figure.legend(loc="outside upper left", ncols=3)
+    return figure
+
+
 def _draw_metric(axes: Axes, rows: Sequence[Mapping], metric: str) -> None:
     drawn, broken = [], []
     splits = [row.get("split", "") for row in rows]

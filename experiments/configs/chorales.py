@@ -39,7 +39,11 @@ def get_config(variant: str = "gru_jsb") -> ConfigDict:
         ),
     )
     config.task = dict(
-        name="SequencePrediction", objective="frame_likelihood", num_sequences=16
+        name="SequencePrediction",
+        objective="frame_likelihood",
+        num_sequences=16,
+        first_note=60,  # middle C
+        temperature=1.0,
     )
     # At a tenth of their rate gated cells are still at 9.1 after 1,500 steps.
     config.optimizer = dict(

@@ -19,9 +19,9 @@ def get_config(variant: str = "gru") -> ConfigDict:
     check_variant(variant, ("rnn", "gru", "lstm"))
     config = ConfigDict()
     config.dataset = dict(name="CopyMemory", delay=100)
-    # The memory of an LSTM lasts as long as the delay from the start (Tallec and
-    # Ollivier 2018).
-    cell_fields = dict(chrono_max_length=100) if variant == "lstm" else {}
+    # Memories of gated cells last up to the delay from the start (Tallec and Ollivier
+    # 2018).
+    cell_fields = {} if variant == "rnn" else dict(chrono_max_length=100)
     config.model = dict(
         name="SequenceModel",
         stack=stack(variant, HIDDEN_SIZE, cell_fields=cell_fields),

@@ -1,10 +1,11 @@
 """Number agreement in Spanish: `number_agreement.py:CELL`.
 
 "la bicicleta que compraron los vecinos ..." goes on with "es" or "son", as its first
-noun says, whatever comes between. CELL is rnn, gru, plain_gru, lstm or peephole. The
-report has the accuracy against the number of attractors, 0 to 4. With many in every
-sentence (`config.dataset.min_attractors`, `config.dataset.max_attractors`) gradients
-have far to go: docs/results.md says which cell still learns.
+noun says, whatever comes between. CELL is rnn, gru, plain_gru, lstm, peephole, min_gru,
+min_lstm or linear. The report has the accuracy against the number of attractors, 0 to
+4; `experiments.agreement_curves` draws it of several cells. With many in every sentence
+(`config.dataset.min_attractors`, `config.dataset.max_attractors`) gradients have far to
+go: docs/results.md says which cell still learns.
 """
 
 from ml_collections import ConfigDict

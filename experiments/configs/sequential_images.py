@@ -25,8 +25,9 @@ def get_config(variant: str = "gru_digits") -> ConfigDict:
     if name == "permuted_mnist":
         config.dataset.update(examples="mnist", permutation_seed=0)
     steps = 64 if name == "digits" else 784
-    # Half a memory's length: an image is read whole.
-    cell_fields = dict(chrono_max_length=steps) if cell == "lstm" else {}
+    # Memories of gated cells last up to the whole image from the start (Tallec and
+    # Ollivier 2018).
+    cell_fields = {} if cell == "rnn" else dict(chrono_max_length=steps)
     config.model = dict(
         name="SequenceClassifier", stack=stack(cell, 128, cell_fields=cell_fields)
     )

@@ -14,7 +14,7 @@ SHOWN_TOKENS = 30
 GATES = ("update", "relevance", "forget", "output")
 
 
-def gate_sections(task: Any, state: Any, first: Mapping) -> list[Section]:
+def gate_sections(task: Any, state: Any, batch: Mapping) -> list[Section]:
     """The gates of the last layer over one test sentence.
 
     It is the longest of the batch that has 30 tokens at most; the beginning of the
@@ -23,17 +23,17 @@ def gate_sections(task: Any, state: Any, first: Mapping) -> list[Section]:
     Args:
       task: a `SequencePrediction` whose dataset has `token`.
       state: the trained state.
-      first: the first batch of `SequencePrediction.evaluation_sequences`.
+      batch: of test sentences: "inputs" and "lengths".
 
     Returns:
       One section; none where the model has no gates or reads no tokens.
     """
-    inputs = first["inputs"]
+    inputs = batch["inputs"]
     if not np.issubdtype(inputs.dtype, np.integer):
         return []
-    lengths = np.minimum(first["lengths"], SHOWN_TOKENS)
-    fits = first["lengths"] <= SHOWN_TOKENS
-    row = np.argmax(lengths * fits) if fits.any() else np.argmin(first["lengths"])
+    lengths = np.minimum(batch["lengths"], SHOWN_TOKENS)
+    fits = batch["lengths"] <= SHOWN_TOKENS
+    row = np.argmax(lengths * fits) if fits.any() else np.argmin(batch["lengths"])
     ids = inputs[row, : lengths[row]]
     if not len(ids):
         return []

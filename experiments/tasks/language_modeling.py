@@ -18,8 +18,11 @@ from experiments.loop import Training
 from experiments.optimizers import Optimizer
 from experiments.report import Section
 from experiments.tasks import sequence_report, supervised
-from experiments.tasks.sequence_batches import SequenceDataset
-from experiments.tasks.sequence_prediction import answers
+from experiments.tasks.sequence_batches import (
+    SequenceDataset,
+    answers,
+    check_reads_the_past,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +32,13 @@ class LanguageModeling(supervised.SupervisedTask):
     With `carry_state` (recurrent networks) each row of a batch reads its own part of
     the text, window after window, and begins a window with the state in which it ended
     the last: backpropagation through time is truncated at the window, memory is not.
-    Otherwise (Transformers) windows come from anywhere.
+    Otherwise (Transformers) windows come from anywhere, and no more than `window`
+    tokens are ever read at once: a model need not know more positions than it learned.
 
-    Evaluation goes through a split in windows, each read with `context` tokens before
-    it that are not counted, so that no token is predicted from less than `context`
-    tokens but the first ones.
+    Evaluation goes through a split in pieces, each read with `context` tokens before it
+    that are not counted, so that no token is predicted from less than `context` tokens
+    but the first ones. With `carry_state` a piece has `window` tokens; otherwise piece
+    and context have.
 
     Attributes:
       model: `model(inputs, lengths, train=...)` returns logits [window, step, K],
@@ -44,8 +49,8 @@ class LanguageModeling(supervised.SupervisedTask):
       num_windows: windows a step.
       window: tokens of a window.
       carry_state: see above.
-      context: see above; None: `window`.
-      evaluation_batch: windows that are evaluated at once.
+      context: see above; None: `window` with `carry_state`, half of it without.
+      evaluation_batch: pieces that are evaluated at once.
       sample_length: tokens of the samples in the report.
       temperatures: of the samples in the report.
     """
@@ -70,8 +75,14 @@ class LanguageModeling(supervised.SupervisedTask):
         )
         if self.context is not None and self.context < 0:
             raise ValueError(f"context must be 0 or more, not {self.context}")
+        if self._stride < 1:
+            raise ValueError(
+                f"context must be below window ({self.window}) without carry_state, "
+                f"where both are read at once, not {self.context}"
+            )
         if not all(temperature > 0 for temperature in self.temperatures):
             raise ValueError(f"temperatures must be > 0, not {self.temperatures}")
+        check_reads_the_past(self.model)
         for split, arrays in self.dataset.arrays.items():
             if "stream" not in arrays:
                 raise ValueError(
@@ -129,9 +140,19 @@ class LanguageModeling(supervised.SupervisedTask):
             if self.carry_state:
                 carried = model_state.pop("carried")
                 # The first window of a part follows nothing.
-                keep = 1 - batch["reset"].astype(jnp.float32)
+                first = self.model.apply(
+                    {"params": params, **model_state},
+                    len(batch["inputs"]),
+                    method="init_cache",
+                )
                 arguments.append(
-                    jax.tree.map(lambda leaf: leaf * keep.astype(leaf.dtype), carried)
+                    jax.tree.map(
+                        lambda first, leaf: jnp.where(
+                            batch["reset"], first.astype(leaf.dtype), leaf
+                        ),
+                        first,
+                        carried,
+                    )
                 )
             output, model_state = self.model.apply(
                 {"params": params, **model_state},
@@ -151,15 +172,19 @@ class LanguageModeling(supervised.SupervisedTask):
 
     @property
     def _context(self) -> int:
-        return self.window if self.context is None else self.context
+        if self.context is not None:
+            return self.context
+        return self.window if self.carry_state else self.window // 2
 
-    def _num_evaluation_windows(self, split: str) -> int:
-        stream = self.dataset.arrays[split]["stream"]
-        return max(-(-(len(stream) - 1) // self.window), 1)
+    @property
+    def _stride(self) -> int:
+        """Tokens of a piece of an evaluation."""
+        return self.window if self.carry_state else self.window - self._context
 
     def num_eval_batches(self, split: str) -> int:
         """Batches that cover the split once."""
-        return -(-self._num_evaluation_windows(split) // self.evaluation_batch)
+        last = len(self.dataset.arrays[split]["stream"]) - 1
+        return max(-(-last // (self._stride * self.evaluation_batch)), 1)
 
     def prepare_evaluation(
         self, state: supervised.TrainState, split: str, arrays: Mapping
@@ -174,15 +199,15 @@ class LanguageModeling(supervised.SupervisedTask):
         return variables
 
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
-        """Windows in order; "counted" is True where a token counts."""
+        """Pieces in order; "counted" is True where a token counts."""
         stream = arrays[split]["stream"]
         last = len(stream) - 1  # tokens that have a next one
         number = index * self.evaluation_batch + jnp.arange(self.evaluation_batch)
-        start = number * self.window
-        # The first windows begin earlier than their context would: at the beginning.
+        start = number * self._stride
+        # The first pieces begin earlier than their context would: at the beginning.
         begin = jnp.maximum(start - self._context, 0)
-        position = begin[:, None] + jnp.arange(self._context + self.window)
-        stop = jnp.minimum(start + self.window, last)
+        position = begin[:, None] + jnp.arange(self._context + self._stride)
+        stop = jnp.minimum(start + self._stride, last)
         counted = (position >= start[:, None]) & (position < stop[:, None])
         position = jnp.minimum(position, last - 1)
         return {

@@ -14,9 +14,7 @@ from data import chorales
 from experiments import figures
 from experiments.report import Section
 
-FIRST_NOTE = 60  # middle C
 NUM_FRAMES = 64
-TEMPERATURE = 1.0
 TEMPO = 100  # quarter notes a minute
 SAMPLE_RATE = 22_050
 # What a frame is, in quarter notes.
@@ -38,7 +36,10 @@ def sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Section]:
     found = [_likelihoods(task, workdir)]
     if not hasattr(task.model, "decode_step"):
         return found
-    roll = np.asarray(compose(task.model, state.variables, jax.random.key(seed)))
+    key = jax.random.key(seed)
+    roll = np.asarray(
+        compose(task.model, state.variables, key, task.first_note, task.temperature)
+    )
     quarters, words = QUARTERS[dataset.collection], WORDS[dataset.collection]
     notes = held_notes(roll)
     write_midi(workdir / "music.mid", notes, quarters)
@@ -52,10 +53,10 @@ def sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Section]:
         *found,
         Section(
             title="Music from one note",
-            text=f"From middle C on, {NUM_FRAMES} {words}: each frame is drawn from "
-            "what the model expects after the frames before, every key by itself at "
-            f"temperature {TEMPERATURE:g}. To be heard in music.wav and music.mid. "
-            "Below it a piece of the test split.",
+            text=f"From {note_name(task.first_note)} on, {NUM_FRAMES} {words}: each "
+            "frame is drawn from what the model expects after the frames before, every "
+            f"key by itself at temperature {task.temperature:g}. To be heard in "
+            "music.wav and music.mid. Below it a piece of the test split.",
             figure=figures.piano_roll(
                 {"written by the model": notes, "of the test split": held_notes(true)},
                 words,
@@ -69,10 +70,11 @@ def compose(
     model: Any,
     variables: Any,
     key: jax.Array,
+    first_note: int,
+    temperature: float,
     num_frames: int = NUM_FRAMES,
-    temperature: float = TEMPERATURE,
 ) -> jax.Array:
-    """1 to N: the model's own frames fed back, from middle C on.
+    """1 to N: the model's own frames fed back, from one note on.
 
     Each key is drawn from Bernoulli(σ(logit / temperature)).
 
@@ -80,8 +82,9 @@ def compose(
       model: predicts 88 logits a frame, with `init_cache` and `decode_step`.
       variables: the model's.
       key: of the draws.
-      num_frames: frames in all, the first of which is middle C alone.
+      first_note: its MIDI number; alone in the first frame.
       temperature: above 0; below 1 the likely becomes likelier.
+      num_frames: frames in all.
 
     Returns:
       bool [frame, 88].
@@ -99,11 +102,17 @@ def compose(
         # Pieces begin after an empty frame, as in training.
         silence = jnp.zeros((1, chorales.NUM_KEYS))
         _, cache = step(cache, silence)
-        first = silence.at[0, FIRST_NOTE - chorales.LOWEST_NOTE].set(1)
+        first = silence.at[0, first_note - chorales.LOWEST_NOTE].set(1)
         frames = generate(step, cache, first, num_frames - 1, sample, key)
         return jnp.concatenate([first, frames[0]]) > 0
 
     return write(variables, key)
+
+
+def note_name(note: int) -> str:
+    """The name of a MIDI number: 60, middle C, is C4."""
+    names = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+    return f"{names[note % 12]}{note // 12 - 1}"
 
 
 def held_notes(roll: np.ndarray) -> np.ndarray:

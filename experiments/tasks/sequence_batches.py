@@ -1,15 +1,19 @@
-"""Batches of stored and of generated sequences, for tasks that learn from either."""
+"""Batches of stored and of generated sequences, and what models answer to them."""
 
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import data
+from archs import Bidirectional
 from data.samplers import bucketed_batch
 from experiments.tasks import supervised
+from experiments.tasks.groups import spread
 from experiments.tasks.objectives import at_length
 
 
@@ -21,7 +25,8 @@ class SequenceDataset(Protocol):
     has `sample(key, num_sequences, split, arrays)`. Both return a batch: "inputs"
     [sequence, step, ...], "lengths" int32 [sequence], "targets" [sequence] or
     [sequence, step, ...], of the latter "target_mask" bool [sequence, step], and what
-    else evaluation groups by, int [sequence].
+    else evaluation groups by, int [sequence]. Where the target of a step is the input
+    of the next, there is `predicts_next`, True.
 
     Attributes:
       spec: `num_classes` is the number of outputs that the targets ask for.
@@ -70,6 +75,22 @@ def draw_evaluation_batch(
     return batch | {"counted": number < size}
 
 
+def chosen_batch(task: Any, split: str, count: int) -> dict:
+    """A few of the sequences of an evaluation, of all lengths: evenly chosen.
+
+    Args:
+      task: has a `SequenceDataset`, `eval_batch`, and `evaluation_size(split)`.
+      split: the evaluation's.
+      count: how many; fewer if there are no more.
+    """
+    number = np.array(spread(range(task.evaluation_size(split)), count))
+    if hasattr(task.dataset, "buckets"):
+        return task.dataset.select(number, split, task.arrays)
+    # Those generated come in any order.
+    batch = jax.jit(task.eval_batch, static_argnums=0)(split, 0, task.arrays)
+    return {name: leaf[: len(number)] for name, leaf in batch.items()}
+
+
 def at_bucket_length(
     dataset: Any, step: Callable, state: Any, batch: Mapping, *rest: Any
 ) -> Any:
@@ -88,3 +109,19 @@ def at_bucket_length(
     needed = functools.reduce(jnp.maximum, lengths).max()
     options = [length for *_, length in dataset.buckets]
     return at_length(options, needed, step, state, batch, *rest)
+
+
+def answers(prediction: Any) -> jax.Array:
+    """What a model answered, without the states it may return besides."""
+    return prediction[0] if isinstance(prediction, tuple) else prediction
+
+
+def check_reads_the_past(model: nn.Module) -> None:
+    """Raises ValueError if a model of what comes next has read it already."""
+    stack = getattr(model, "stack", None)
+    both = isinstance(stack, Bidirectional) or getattr(stack, "bidirectional", False)
+    if both or getattr(stack, "reverse", False):
+        raise ValueError(
+            "the targets are what comes next, which a bidirectional stack reads; use a "
+            "RecurrentStack with bidirectional=False"
+        )

@@ -22,7 +22,10 @@ from experiments.tasks import (
 )
 from experiments.tasks.sequence_batches import (
     SequenceDataset,
+    answers,
     at_bucket_length,
+    check_reads_the_past,
+    chosen_batch,
     draw_evaluation_batch,
     draw_train_batch,
     evaluation_size,
@@ -51,6 +54,9 @@ class SequencePrediction(objectives.ObjectiveTask):
         stored ones are all evaluated.
       test_sequences: of the final evaluation, likewise.
       evaluation_batch: sequences that are evaluated at once.
+      temperature: at which the report's sentences and music are drawn.
+      top_p: of the report's sentences, see `archs.decoding.sample`.
+      first_note: the MIDI number of the note that the report's music begins with.
     """
 
     model: nn.Module
@@ -62,6 +68,9 @@ class SequencePrediction(objectives.ObjectiveTask):
     validation_sequences: int = 1000
     test_sequences: int = 10_000
     evaluation_batch: int = 100
+    temperature: float = 1.0
+    top_p: float = 0.9
+    first_note: int = 60
 
     objectives = sequence_objectives
     second_input = "lengths"
@@ -75,12 +84,17 @@ class SequencePrediction(objectives.ObjectiveTask):
             "evaluation_batch",
         )
         objectives.check(sequence_objectives, self.objective)
-        both = getattr(getattr(self.model, "stack", None), "bidirectional", False)
-        if both and self.objective in ("frame_likelihood", "legal_symbol"):
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if not 21 <= self.first_note <= 108:
             raise ValueError(
-                f"{self.objective} is about what comes next, which a bidirectional "
-                "stack reads; set config.model.stack.bidirectional=False"
+                "first_note must be a key of the piano, 21 (A0) to 108 (C8), not "
+                f"{self.first_note}"
             )
+        if getattr(self.dataset, "predicts_next", False):
+            check_reads_the_past(self.model)
 
     def read(self, prediction: Any) -> jax.Array:
         """The answers, without final states."""
@@ -101,15 +115,15 @@ class SequencePrediction(objectives.ObjectiveTask):
 
     def num_eval_batches(self, split: str) -> int:
         """Batches of `evaluation_batch` sequences."""
-        return -(-self._num_evaluation_sequences(split) // self.evaluation_batch)
+        return -(-self.evaluation_size(split) // self.evaluation_batch)
 
-    def _num_evaluation_sequences(self, split: str) -> int:
+    def evaluation_size(self, split: str) -> int:
         asked = {"validation": self.validation_sequences, "test": self.test_sequences}
         return evaluation_size(self.dataset, split, asked[split])
 
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Sequences of a split; "counted" leaves out those beyond its number."""
-        size = self._num_evaluation_sequences(split)
+        size = self.evaluation_size(split)
         return draw_evaluation_batch(
             self.dataset, split, index, size, self.evaluation_batch, arrays
         )
@@ -140,49 +154,54 @@ class SequencePrediction(objectives.ObjectiveTask):
         return sequence_report.sections(self, state, workdir, seed)
 
     def evaluation_sequences(
-        self, state: supervised.TrainState, split: str
+        self, state: supervised.TrainState, split: str, num_shown: int
     ) -> tuple[dict, dict, dict]:
         """All sequences of an evaluation.
+
+        Args:
+          state: the trained state.
+          split: the evaluation's.
+          num_shown: how many are returned whole.
 
         Returns:
           Of each sequence what the batch says in one number, "lengths" among them,
           {name: [sequence]}; the measures, {name: values [sequence]}, means over the
-          steps of a sequence where there is a target a step; and the first batch
-          whole, with its "prediction".
+          steps of a sequence where there is a target a step; and a batch of some, of
+          all lengths, with its "prediction".
         """
+
+        @jax.jit
+        @jax.jit
+        def predict(state, batch):
+            return answers(
+                self.model.apply(state.variables, batch["inputs"], batch["lengths"])
+            )
 
         @jax.jit
         def evaluate(state, arrays, index):
             batch = self.eval_batch(split, index, arrays)
-            prediction = answers(
-                self.model.apply(state.variables, batch["inputs"], batch["lengths"])
-            )
+            measured = self.measure(predict(state, batch), batch)
             measures = {}
-            for name, (values, mask) in self.measure(prediction, batch).items():
+            for name, (values, mask) in measured.items():
                 if mask is not None:
                     total = jnp.where(mask, values, 0).sum(1)
                     values = total / jnp.where(mask.any(1), mask.sum(1), jnp.nan)
                 measures[name] = values
-            return batch | {"prediction": prediction}, measures
+            return batch, measures
 
-        first: dict = {}
         rows = []
         for index in range(self.num_eval_batches(split)):
             batch, measures = evaluate(state, self.arrays, np.int32(index))
-            first = first or jax.device_get(batch)
             told = {
                 name: leaf
                 for name, leaf in batch.items()
                 if leaf.ndim == 1 and jnp.issubdtype(leaf.dtype, jnp.integer)
             }
             rows.append(jax.device_get((told, measures)))
-        total = self._num_evaluation_sequences(split)
+        total = self.evaluation_size(split)
         told, measures = jax.tree.map(
             lambda *leaves: np.concatenate(leaves)[:total], *rows
         )
-        return told, measures, first
-
-
-def answers(prediction: Any) -> jax.Array:
-    """What a model answered, without the states it may return besides."""
-    return prediction[0] if isinstance(prediction, tuple) else prediction
+        shown = chosen_batch(self, split, num_shown)
+        shown["prediction"] = predict(state, shown)
+        return told, measures, jax.device_get(shown)

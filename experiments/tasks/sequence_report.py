@@ -1,6 +1,6 @@
 """What the reports of sequence models show besides the training curves."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from archs.decoding import sample
+from data.sequences import BOS, EOS
 from experiments import figures
 from experiments.report import Section
 from experiments.tasks import music_report
 from experiments.tasks.gates_report import gate_sections
-from experiments.tasks.set_prediction_report import measures_by_size, size_groups
+from experiments.tasks.groups import measures_by_size, size_groups
+from experiments.tasks.sequence_batches import answers
 
 SHOWN_SEQUENCES = 8
 SHOWN_STEPS = 60
@@ -28,7 +30,7 @@ def sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Section]:
       workdir: the run's.
       seed: of what is generated.
     """
-    told, measures, first = task.evaluation_sequences(state, "test")
+    told, measures, shown = task.evaluation_sequences(state, "test", SHOWN_SEQUENCES)
     np.savez_compressed(workdir / "test_sequences.npz", **told, **measures)
     found = [
         _by_number(name, numbers, measures)
@@ -36,8 +38,11 @@ def sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Section]:
         if name != "targets" and len(np.unique(numbers)) > 1
     ]
     if hasattr(task.dataset, "decode"):
-        found.append(_examples(task.dataset, first))
-        found += gate_sections(task, state, first)
+        found.append(_examples(task.dataset, shown))
+        found += gate_sections(task, state, shown)
+    begins = (shown["inputs"][:, 0] == BOS).all()
+    if getattr(task.dataset, "predicts_next", False) and begins:
+        found += _sentences(task, state, shown["inputs"].shape[1], seed)
     if task.objective == "frame_likelihood":
         found += music_report.sections(task, state, workdir, seed)
     return found
@@ -57,24 +62,53 @@ def _by_number(name: str, numbers: np.ndarray, measures: Mapping) -> Section:
     )
 
 
-def _examples(dataset: Any, first: Mapping) -> Section:
-    """The first test sequences in words, and the answers."""
+def _sentences(task: Any, state: Any, length: int, seed: int) -> list[Section]:
+    """Sentences from BOS on, of `length` tokens at most."""
+    model = task.model
+    if not hasattr(model, "decode_step"):
+        return []
+
+    @jax.jit
+    def write(variables, key):
+        def step(cache, tokens):
+            return model.apply(variables, cache, tokens, method="decode_step")
+
+        cache = model.apply(variables, SHOWN_SEQUENCES, length, method="init_cache")
+        first = jnp.full(SHOWN_SEQUENCES, BOS)
+        return sample(
+            step, cache, first, length, EOS, key, task.temperature, top_p=task.top_p
+        )[0]
+
+    tokens = np.asarray(write(state.variables, jax.random.key(seed)))
+    return [
+        Section(
+            title="Sentences the model writes",
+            text="Each word is drawn from the most probable ones, which have the "
+            f"probability {task.top_p:g} together, at temperature "
+            f"{task.temperature:g}.",
+            table=[{"sentence": task.dataset.decode(row)} for row in tokens],
+        )
+    ]
+
+
+def _examples(dataset: Any, shown: Mapping) -> Section:
+    """A few test sequences in words, and the answers."""
     rows = []
-    answer = first["prediction"].argmax(-1)  # [sequence] or [sequence, step]
-    for i in range(min(SHOWN_SEQUENCES, len(answer))):
-        row = {"sequence": dataset.decode(first["inputs"][i][:SHOWN_STEPS])}
+    answer = shown["prediction"].argmax(-1)  # [sequence] or [sequence, step]
+    for i in range(len(answer)):
+        row = {"sequence": dataset.decode(shown["inputs"][i][:SHOWN_STEPS])}
         if answer.ndim == 1:
-            said, true = [answer[i]], [first["targets"][i]]
+            said, true = [answer[i]], [shown["targets"][i]]
         else:
-            mask = first["target_mask"][i][:SHOWN_STEPS]
+            mask = shown["target_mask"][i][:SHOWN_STEPS]
             said, true = (
-                list(a[i][:SHOWN_STEPS][mask]) for a in (answer, first["targets"])
+                list(a[i][:SHOWN_STEPS][mask]) for a in (answer, shown["targets"])
             )
         row["answer"], row["truth"] = (
             _words_of(dataset, labels, answer.ndim == 1) for labels in (said, true)
         )
         rows.append(row)
-    return Section(title="The first test sequences", table=rows)
+    return Section(title="Test sequences of all lengths", table=rows)
 
 
 def _words_of(dataset: Any, labels: list[int], of_sequence: bool) -> str:
@@ -82,6 +116,34 @@ def _words_of(dataset: Any, labels: list[int], of_sequence: bool) -> str:
     if names:
         return ", ".join(names[k] for k in labels)
     return ", ".join(map(str, labels)) if of_sequence else dataset.decode(labels)
+
+
+def window_cache(batch_size: int, window: int) -> tuple[jax.Array, jax.Array]:
+    """What `window_step` has read at first: the tokens, and how many."""
+    return jnp.zeros((batch_size, window), jnp.int32), jnp.zeros(batch_size, jnp.int32)
+
+
+def window_step(predict: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable:
+    """A step for `archs.decoding` of a model that reads its last tokens only.
+
+    Args:
+      predict: (tokens [batch, window], lengths [batch]) -> logits [batch, window, K].
+
+    Returns:
+      A function of a cache, that of `window_cache` at first, and tokens [batch].
+    """
+
+    def step(cache, tokens):
+        read, lengths = cache
+        window = read.shape[1]
+        full = (lengths == window)[:, None]
+        read = jnp.where(full, jnp.roll(read, -1, axis=1), read)
+        lengths = jnp.minimum(lengths + 1, window)
+        rows = jnp.arange(len(read))
+        read = read.at[rows, lengths - 1].set(tokens)
+        return predict(read, lengths)[rows, lengths - 1], (read, lengths)
+
+    return step
 
 
 def language_sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Section]:
@@ -100,10 +162,14 @@ def language_sections(task: Any, state: Any, workdir: Path, seed: int) -> list[S
 
     @jax.jit
     def write(variables, key, temperature):
-        def step(cache, tokens):
-            return model.apply(variables, cache, tokens, method="decode_step")
+        if task.carry_state:
+            cache = model.apply(variables, 1, length, method="init_cache")
 
-        cache = model.apply(variables, 1, length, method="init_cache")
+            def step(cache, tokens):
+                return model.apply(variables, cache, tokens, method="decode_step")
+        else:
+            cache = window_cache(1, task.window)
+            step = window_step(lambda *read: answers(model.apply(variables, *read)))
         # No token of a stream ends it.
         tokens, _, _ = sample(
             step, cache, first, length, -1, key, temperature=temperature

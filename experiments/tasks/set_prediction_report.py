@@ -10,9 +10,7 @@ from data import Spec
 from experiments import figures
 from experiments.report import Section
 from experiments.tasks import clustering_report, set_classification_report
-
-# More set sizes than this are shown in groups.
-MAX_GROUPS = 12
+from experiments.tasks.groups import measures_by_size, size_groups
 
 
 def sections(task: Any, state: Any, workdir: Path) -> list[Section]:
@@ -71,38 +69,3 @@ classification_sections = set_classification_report.classification_sections
 element_classification_sections = (
     set_classification_report.element_classification_sections
 )
-
-
-def size_groups(sizes: np.ndarray) -> list[np.ndarray]:
-    """Indices of the sets of each size, or of ranges of sizes where there are many."""
-    distinct = np.unique(sizes)
-    ranges = np.array_split(distinct, min(len(distinct), MAX_GROUPS))
-    return [np.flatnonzero(np.isin(sizes, some)) for some in ranges]
-
-
-def measures_by_size(
-    sizes: np.ndarray,
-    measures: Mapping[str, np.ndarray],
-    columns: tuple[str, str] = ("elements", "sets"),
-) -> list[dict]:
-    """A row per group of sizes: the range, how many sets, the mean of each measure.
-
-    NaN values, which measure nothing, are left out.
-
-    Args:
-      sizes: a number of each set.
-      measures: {name: values [set, ...]}.
-      columns: what the number, and what is counted.
-    """
-    rows = []
-    for group in size_groups(sizes):
-        low, high = sizes[group].min(), sizes[group].max()
-        row = {
-            columns[0]: str(low) if low == high else f"{low} to {high}",
-            columns[1]: len(group),
-        }
-        for name, values in measures.items():
-            real = values[group][~np.isnan(values[group])]
-            row[name.replace("_", " ")] = float(real.mean()) if len(real) else None
-        rows.append(row)
-    return rows

@@ -148,16 +148,16 @@ class Translation(supervised.SupervisedTask):
 
     def num_eval_batches(self, split: str) -> int:
         """Batches of `evaluation_batch` pairs."""
-        return -(-self.num_pairs_of(split) // self.evaluation_batch)
+        return -(-self.evaluation_size(split) // self.evaluation_batch)
 
-    def num_pairs_of(self, split: str) -> int:
+    def evaluation_size(self, split: str) -> int:
         """Pairs of an evaluation."""
         asked = {"validation": self.validation_pairs, "test": self.test_pairs}
         return evaluation_size(self.dataset, split, asked[split])
 
     def eval_batch(self, split: str, index: jax.Array, arrays: Mapping) -> dict:
         """Pairs of a split; "counted" leaves out those beyond its number."""
-        size = self.num_pairs_of(split)
+        size = self.evaluation_size(split)
         return draw_evaluation_batch(
             self.dataset, split, index, size, self.evaluation_batch, arrays
         )

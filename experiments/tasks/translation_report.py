@@ -9,6 +9,8 @@ import numpy as np
 
 from experiments import figures
 from experiments.report import Section
+from experiments.tasks.groups import spread
+from experiments.tasks.sequence_batches import chosen_batch
 
 FILE = "translations.tsv"
 COLUMNS = ("source", "reference", "translation", "log probability")
@@ -35,20 +37,23 @@ def measure_test(task: Any, state: Any, workdir: Path) -> dict[str, float]:
 
     dataset = task.dataset
     decode_source = getattr(dataset, "decode_source", dataset.decode)
+    # As published, where sub-words lose some of it.
+    texts = dataset.texts["test"] if hasattr(dataset, "texts") else None
     rows = []
     for index in range(task.num_eval_batches("test")):
         batch, tokens, log_probability = jax.device_get(
             translate(state, task.arrays, np.int32(index))
         )
         for i in np.flatnonzero(batch["counted"]):
-            rows.append(
-                (
+            if texts:
+                pair = texts[len(rows)]
+            else:
+                pair = (
                     decode_source(batch["inputs"][i]),
                     dataset.decode(batch["targets"][i]),
-                    dataset.decode(tokens[i]),
-                    f"{log_probability[i]:.4f}",
                 )
-            )
+            written = dataset.decode(tokens[i])
+            rows.append((*pair, written, f"{log_probability[i]:.4f}"))
     with (workdir / FILE).open("w", newline="") as file:
         csv.writer(file, delimiter="\t", lineterminator="\n").writerows(
             [COLUMNS, *rows]
@@ -66,7 +71,7 @@ def sections(task: Any, state: Any, workdir: Path) -> list[Section]:
     """The first translations, and where the model looked while it wrote them."""
     with (workdir / FILE).open(newline="") as file:
         rows = list(csv.reader(file, delimiter="\t"))[1:]
-    shown = [dict(zip(COLUMNS, row, strict=True)) for row in _spread(rows, SHOWN_PAIRS)]
+    shown = [dict(zip(COLUMNS, row, strict=True)) for row in spread(rows, SHOWN_PAIRS)]
     found = [
         Section(
             title="Translations",
@@ -90,21 +95,12 @@ def sections(task: Any, state: Any, workdir: Path) -> list[Section]:
     return found
 
 
-def _spread(rows: list, count: int) -> list:
-    """Rows evenly chosen."""
-    return [
-        rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, count).astype(int))
-    ]
-
-
 def _attention_maps(task: Any, state: Any) -> list[tuple]:
     """(weights [target, source], target tokens, source tokens) of a few pairs."""
     model = task.model
     if not hasattr(model, "attention_weights") or not getattr(model, "attention", True):
         return []
-    batch = jax.device_get(
-        jax.jit(task.eval_batch, static_argnums=0)("test", np.int32(0), task.arrays)
-    )
+    batch = jax.device_get(chosen_batch(task, "test", SHOWN_MAPS))
     weights = jax.device_get(
         task.model.apply(
             state.variables,
@@ -117,7 +113,7 @@ def _attention_maps(task: Any, state: Any) -> list[tuple]:
     )
     source_token = getattr(task.dataset, "source_token", task.dataset.token)
     maps = []
-    for i in range(min(SHOWN_MAPS, len(weights))):
+    for i in range(len(weights)):
         read, written = batch["lengths"][i], batch["target_lengths"][i] - 1
         maps.append(
             (

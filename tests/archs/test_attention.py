@@ -106,6 +106,17 @@ def test_multi_head_is_that_of_torch(widths, kind):
     )
 
 
+def test_torch_without_biases_and_with_those_we_have_not():
+    x = normal(0, BATCH, KEYS, 8)
+    theirs_model = torch.nn.MultiheadAttention(8, HEADS, bias=False, batch_first=True)
+    params = attention.from_torch(arrays(theirs_model))
+    out = MultiHeadAttention(HEADS, 8).apply({"params": params}, x)
+    close(out, theirs_model(*[tensor(x)] * 3)[0].detach())
+    theirs_model = torch.nn.MultiheadAttention(8, HEADS, add_bias_kv=True)
+    with pytest.raises(ValueError, match="add_bias_kv=False"):
+        attention.from_torch(arrays(theirs_model))
+
+
 def test_weights_are_those_of_torch():
     x, y = normal(0, BATCH, QUERIES, 8), normal(1, BATCH, KEYS, 8)
     theirs_model = torch.nn.MultiheadAttention(8, HEADS, batch_first=True)

@@ -274,6 +274,52 @@ def test_padding_that_leaks_is_seen(f, sentence):
         contracts.assert_padding_invariant(f, inputs, mask)
 
 
+def mean_step(x, lengths):
+    return mean_pool(x, jnp.arange(x.shape[1]) < lengths[:, None])
+
+
+def running_sum(x, lengths):
+    real = jnp.arange(x.shape[1]) < lengths[:, None]
+    return jnp.cumsum(jnp.where(real[..., None], x, 0), 1)
+
+
+@pytest.mark.parametrize("f", [mean_step, running_sum])
+def test_sequences_keep_to_their_lengths(f):
+    contracts.assert_sequence_padding_invariant(f, bags()[0])
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, lengths: x.mean(1),
+        lambda x, lengths: x[:, -1],
+        # NaN times zero is NaN.
+        lambda x, n: (x * (jnp.arange(x.shape[1]) < n[:, None])[..., None]).sum(1),
+        # Each step sees the next.
+        lambda x, lengths: jnp.roll(x, -1, 1),
+    ],
+    ids=["mean", "last", "product", "next"],
+)
+def test_padding_that_leaks_into_a_sequence_is_seen(f):
+    with pytest.raises(AssertionError, match="padding invariance of a sequence"):
+        contracts.assert_sequence_padding_invariant(f, bags()[0])
+
+
+def test_padding_of_tokens_that_leaks_is_seen():
+    tokens = jnp.array([[1, 2, 3, 4], [4, 3, 2, 1]])
+
+    def count(tokens, lengths):
+        real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        return jnp.where(real, tokens, 0).sum(1, dtype=jnp.float32)
+
+    contracts.assert_sequence_padding_invariant(count, tokens)
+    with pytest.raises(AssertionError, match="padding invariance of a sequence"):
+        # Zeros at the end are nothing, others are.
+        contracts.assert_sequence_padding_invariant(
+            lambda tokens, _: tokens.sum(1, dtype=jnp.float32), tokens
+        )
+
+
 @pytest.mark.parametrize(
     ("f", "sentence"),
     [

@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
-from archs import Transformer, decoding
+from archs import (
+    GRUCell,
+    RecurrentEncoderDecoder,
+    RecurrentStack,
+    Transformer,
+    decoding,
+)
 from archs.decoding import beam_search, greedy, keep_probable, sample
 
 PADDING, BOS, EOS, SIZE, LENGTH = 0, 1, 2, 5, 4
@@ -250,6 +257,37 @@ def test_what_is_kept_is_the_smallest_set(seed, top_k, top_p):
     assert set(np.flatnonzero(chosen)) == set(order[:number])
     assert number == 1 or p[: number - 1].sum() < top_p + 1e-6
     assert number == len(order) or p[:number].sum() > top_p - 1e-6
+
+
+@pytest.mark.parametrize("name", ["recurrent", "transformer"])
+def test_beams_do_not_move_the_source(name):
+    """Of the cache only what steps change is gathered."""
+    if name == "recurrent":
+        stack = RecurrentStack(GRUCell(8))
+        model = RecurrentEncoderDecoder(stack, stack, 7, embedding_size=4)
+    else:
+        model = Transformer(7, 7, 1, 2, 8)
+    source = jnp.ones((3, 11), int)
+    variables = jax.eval_shape(model.init, jax.random.key(0), source, source)
+    gathered = []
+
+    def search(variables):
+        memory = model.apply(variables, source, method="encode")
+        cache = model.apply(variables, memory, 6, method="init_cache")
+        assert any(11 in leaf.shape for leaf in jax.tree.leaves(cache))
+        step = functools.partial(model.apply, variables, method="decode_step")
+        return beam_search(step, cache, first(), 6, EOS, 4)
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "gather":
+                gathered.append(equation.invars[0].aval.shape)
+            for inner in jaxprs_in_params(equation.params):
+                visit(inner)
+
+    visit(jax.make_jaxpr(search)(variables).jaxpr)
+    beams = [shape for shape in gathered if shape[:2] == (3, 4)]
+    assert beams and not any(11 in shape for shape in beams)
 
 
 def test_equal_logits_do_not_widen_the_set():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from jax.experimental import rnn
 from jax.test_util import check_grads
+from scipy import stats
 
 from archs import (
     Bidirectional,
@@ -25,6 +26,7 @@ from archs import (
     SimpleCell,
     generate,
 )
+from archs.decoding import greedy
 from archs.recurrent import from_torch, orthogonal_blocks, to_torch
 
 BATCH, TIME, FEATURES, HIDDEN = 3, 6, 4, 5
@@ -107,13 +109,14 @@ def literal_simple(params, state, x):
     return [np.tanh(m @ np.concatenate([state[0], x]) + b)]
 
 
-def literal_gru(params, state, x, misprint=False):
+def literal_gru(params, state, x, misprint=None):
+    """With the misprint "relevance", Gr is where the last equation first has Gu."""
     (h,) = state
     (m_u, b_u), (m_r, b_r), (m, b) = matrices(params, 3)
     hx = np.concatenate([h, x])
     gate_u, gate_r = sigma(m_u @ hx + b_u), sigma(m_r @ hx + b_r)
     candidate = np.tanh(m @ np.concatenate([gate_r * h, x]) + b)
-    first = gate_r if misprint else gate_u
+    first = gate_r if misprint == "relevance" else gate_u
     return [first * candidate + (1 - gate_u) * h]
 
 
@@ -125,18 +128,24 @@ def literal_plain_gru(params, state, x):
     return [gate_u * np.tanh(m @ hx + b) + (1 - gate_u) * h]
 
 
-def literal_lstm(params, state, x, misprint=False):
-    """With the misprint, the forget gate is the update gate's: no M_f of its own."""
+def literal_lstm(params, state, x, misprint=None):
+    """The LSTM, with peepholes where there are parameters of them.
+
+    Of the misprints, with "forget" the forget gate is the update gate's, with no M_f of
+    its own; "plain" has no peepholes; with "old" the output gate sees c(t-1).
+    """
     h, c = state
     hx = np.concatenate([h, x])
     a_u, a_f, a_o, a_c = (m @ hx + b for m, b in matrices(params, 4))
     p_u, p_f, p_o = np.float64(params.get("peephole", np.zeros((3, HIDDEN))))
+    if misprint == "plain":
+        p_u, p_f, p_o = 0 * p_u, 0 * p_f, 0 * p_o
     see = (lambda p, c: c @ p) if p_u.ndim == 2 else (lambda p, c: p * c)
     gate_u, gate_f = sigma(a_u + see(p_u, c)), sigma(a_f + see(p_f, c))
-    if misprint:
+    if misprint == "forget":
         gate_f = gate_u
-    c = gate_u * np.tanh(a_c) + gate_f * c
-    gate_o = sigma(a_o + see(p_o, c))
+    old, c = c, gate_u * np.tanh(a_c) + gate_f * c
+    gate_o = sigma(a_o + see(p_o, old if misprint == "old" else c))
     return [gate_o * np.tanh(c), c]
 
 
@@ -207,15 +216,25 @@ def test_gates_of_all_layers_and_directions_are_told():
     assert not found
 
 
-@pytest.mark.parametrize("name", ["gru", "lstm"])
-def test_misprints_of_the_slides_are_other_functions(name):
+@pytest.mark.parametrize(
+    ("name", "misprint"),
+    [
+        ("gru", "relevance"),
+        ("lstm", "forget"),
+        ("peephole", "plain"),
+        ("peephole", "old"),
+        ("full peephole", "plain"),
+        ("full peephole", "old"),
+    ],
+)
+def test_misprints_of_the_slides_are_other_functions(name, misprint):
     model, inputs = Recurrent(CELLS[name]), sequences()
     variables = random_params(model, inputs)
     outputs, _ = model.apply(variables, inputs)
     step, num_states = LITERAL[name]
 
     def misprinted(*args):
-        return step(*args, misprint=True)
+        return step(*args, misprint=misprint)
 
     other = literal_loop(variables["params"]["cell"], inputs, misprinted, num_states)
     assert np.abs(outputs - other).max() > 0.05
@@ -253,36 +272,54 @@ def test_equals_torch(name, bidirectional, lengths):
         packed = torch.nn.utils.rnn.pack_padded_sequence(
             x, torch.tensor(lengths), batch_first=True, enforce_sorted=False
         )
-    want, last = theirs(packed)
+    torch_states = [
+        torch.randn(2 * (1 + bidirectional), BATCH, HIDDEN, requires_grad=True)
+        for _ in range(2 if name == "lstm" else 1)
+    ]
+    first = torch_states[0] if len(torch_states) == 1 else tuple(torch_states)
+    want, last = theirs(packed, first)
     if lengths is not None:
         want, _ = torch.nn.utils.rnn.pad_packed_sequence(want, batch_first=True)
     last = last if isinstance(last, tuple) else (last,)
-    (want**2).sum().backward()
+    ((want**2).sum() + sum((state**2).sum() for state in last)).backward()
 
     model = RecurrentStack(CELLS[name], 2, bidirectional=bidirectional)
     params = from_torch({k: v.detach().numpy() for k, v in theirs.state_dict().items()})
     lengths = None if lengths is None else jnp.array(lengths)
+    # h and c of a layer and direction stand together here.
+    leaves = [
+        s.detach().numpy() for pair in zip(*torch_states, strict=True) for s in pair
+    ]
+    zeros = model.apply({"params": params}, BATCH, method="initial_state")
+    state = jax.tree.unflatten(jax.tree.structure(zeros), leaves)
 
     @jax.jit
-    def run(params, inputs):
-        def loss(params, inputs):
-            outputs, final = model.apply({"params": params}, inputs, lengths)
-            return (outputs**2).sum(), (outputs, final)
+    def run(params, inputs, state):
+        def loss(params, inputs, state):
+            outputs, final = model.apply({"params": params}, inputs, lengths, state)
+            squares = [(leaf**2).sum() for leaf in jax.tree.leaves((outputs, final))]
+            return sum(squares), (outputs, final)
 
-        return jax.grad(loss, (0, 1), has_aux=True)(params, inputs)
+        return jax.grad(loss, (0, 1, 2), has_aux=True)(params, inputs, state)
 
-    (d_params, d_inputs), (outputs, final) = run(params, x.detach().numpy())
+    (d_params, d_inputs, d_state), (outputs, final) = run(
+        params, x.detach().numpy(), state
+    )
     close(outputs, want.detach().numpy())
-    close(d_inputs, x.grad.numpy(), 2e-5)
-    hidden = jax.tree.leaves(final)[:: len(last)]
-    close(np.stack(hidden), last[0].detach().numpy())
+    close(d_inputs, x.grad.numpy())
+    for i, (began, ended) in enumerate(zip(torch_states, last, strict=True)):
+        close(np.stack(jax.tree.leaves(final)[i :: len(last)]), ended.detach().numpy())
+        close(np.stack(jax.tree.leaves(d_state)[i :: len(last)]), began.grad.numpy())
 
     # The gradient of b_ih + b_hh is that of either; the rest is laid out as weights.
     d_torch = to_torch(jax.tree.map(np.asarray, d_params))
     for weight, parameter in theirs.named_parameters():
+        found = d_torch[weight]
         if weight.startswith("bias_hh"):
-            continue
-        close(d_torch[weight], parameter.grad.numpy(), 2e-5)
+            found = d_torch[weight.replace("hh", "ih")].copy()
+            if name == "reset after":  # b_n stands by itself
+                found[2 * HIDDEN :] = d_torch[weight][2 * HIDDEN :]
+        close(found, parameter.grad.numpy())
 
 
 @pytest.mark.parametrize("name", TORCH)
@@ -310,10 +347,21 @@ def test_weights_without_bias_come_from_torch():
     close(outputs, want.numpy())
 
 
-@pytest.mark.parametrize("name", ["gru", "plain gru", "peephole"])
+@pytest.mark.parametrize("name", sorted(CELLS.keys() - TORCH.keys()))
 def test_what_torch_has_not_is_not_converted(name):
     variables = random_params(RecurrentStack(CELLS[name]), sequences())
     with pytest.raises(ValueError, match="torch has SimpleCell"):
+        to_torch(variables["params"])
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [("layer_norm", "nothing between them"), ("learned_initial_state", "no parameter")],
+)
+def test_what_torch_has_not_beside_cells_is_not_left_out(field, message):
+    model = RecurrentStack(CELLS["lstm"], 2, bidirectional=True, **{field: True})
+    variables = random_params(model, sequences())
+    with pytest.raises(ValueError, match=message):
         to_torch(variables["params"])
 
 
@@ -509,6 +557,32 @@ def test_padding_changes_neither_results_nor_gradients(cell):
     assert not jnp.where(padding, d_inputs, 0).any()
 
 
+@pytest.mark.parametrize("name", ["gru", "lstm", "linear"])
+def test_a_stopped_state_truncates_backpropagation(name):
+    cell = CELLS[name]
+    model, inputs = RecurrentStack(cell, 2), sequences()
+    variables = random_params(model, inputs)
+
+    def second(variables, inputs, stop, state=None):
+        if state is None:
+            _, state = model.apply(variables, inputs[:, :2])
+            state = jax.lax.stop_gradient(state) if stop else state
+        outputs, _ = model.apply(variables, inputs[:, 2:], initial_state=state)
+        return (outputs**2).sum()
+
+    gradient = jax.jit(jax.value_and_grad(second, (0, 1)), static_argnums=2)
+    value, (d_params, d_inputs) = gradient(variables, inputs, True)
+    full_value, (full, d_all) = gradient(variables, inputs, False)
+    close(value, full_value, 0)
+    assert not d_inputs[:, :2].any() and d_all[:, :2].any()
+    close(d_inputs[:, 2:], d_all[:, 2:])
+    _, state = model.apply(variables, inputs[:, :2])
+    _, (expected, _) = gradient(variables, inputs, True, state)
+    close(d_params, expected)
+    differences = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), d_params, full)
+    assert max(jax.tree.leaves(differences)) > 1e-3
+
+
 @each_cell
 def test_two_halves_are_the_whole(cell):
     model, inputs = RecurrentStack(cell, 2), sequences()
@@ -520,17 +594,40 @@ def test_two_halves_are_the_whole(cell):
     close(state, last)
 
 
-@pytest.mark.parametrize("kind", [Recurrent, Bidirectional, RecurrentStack])
-def test_initial_states_are_learned(kind):
-    model = kind(CELLS["lstm"], learned_initial_state=True)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(Recurrent, name) for name in CELLS]
+    + [(Bidirectional, "lstm"), (RecurrentStack, "lstm")],
+)
+def test_initial_states_are_learned(kind, name):
+    model = kind(CELLS[name], learned_initial_state=True)
     inputs = sequences()
     variables = jax.jit(model.init)(jax.random.key(0), inputs)
     variables = jax.tree.map(lambda leaf: leaf + 0.1, variables)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
     empty = jnp.zeros(BATCH, int)
     _, final = model.apply(variables, inputs, empty)
-    close(final, jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.1), final))
+    value = 0.1 + 0.1j if name == "linear" else 0.1
+    close(final, jax.tree.map(lambda leaf: jnp.full_like(leaf, value), final))
     gradient = jax.grad(lambda v: model.apply(v, inputs)[0].sum())(variables)
     assert all(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_complex_initial_state_descends():
+    """The gradient is that of finite differences, not its conjugate."""
+    model, inputs = Recurrent(CELLS["linear"], learned_initial_state=True), sequences()
+    variables = random_params(model, inputs)
+
+    @jax.jit
+    def loss(first):
+        params = variables["params"] | {"initial_state": first}
+        return (model.apply({"params": params}, inputs)[0] ** 2).sum()
+
+    first = variables["params"]["initial_state"]
+    assert {name: leaf.shape for name, leaf in first.items()} == dict.fromkeys(
+        ("real", "imag"), (1, HIDDEN)
+    )
+    check_grads(loss, (first,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("merge", ["concat", "sum", "mean"])
@@ -618,6 +715,75 @@ def test_bfloat16_stays_bfloat16(name):
     close(jax.tree.map(jnp.float32, results), exact, 0.1)
 
 
+def bfloat16(*trees):
+    return {leaf.dtype.name for leaf in jax.tree.leaves(trees)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_models_compute_in_bfloat16(name):
+    tokens = jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, 7)
+
+    def models(dtype):
+        stack = RecurrentStack(CELLS[name].clone(dtype=dtype), 2)
+        fields = dict(vocabulary_size=7, embedding_size=4, dtype=dtype)
+        yield SequenceModel(stack, 7, **fields)
+        for pooling in ("last", "mean", "max"):
+            yield SequenceClassifier(stack, 3, pooling=pooling, **fields)
+
+    for half, full in zip(models(jnp.bfloat16), models(None), strict=True):
+        variables = random_params(half, tokens)
+        found = jax.jit(half.apply)(variables, tokens, LENGTHS)
+        assert bfloat16(found)
+        exact = jax.jit(full.apply)(variables, tokens, LENGTHS)
+        close(jax.tree.map(jnp.float32, found), exact, 0.1)
+
+    model = next(models(jnp.bfloat16))
+    variables = random_params(model, tokens)
+    step = jax.jit(partial(model.apply, method="decode_step"))
+    cache = model.apply(variables, BATCH, method="init_cache")
+    logits, _ = model.apply(variables, tokens)
+    for t in range(TIME):
+        one, cache = step(variables, cache, tokens[:, t])
+        assert bfloat16(one, cache)
+        close(jnp.float32(one), jnp.float32(logits[:, t]), 0.05)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_an_encoder_decoder_computes_and_decodes_in_bfloat16(attention):
+    source = jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, 7)
+    lengths = jnp.array([6, 2, 4])
+
+    def model(dtype):
+        return RecurrentEncoderDecoder(
+            RecurrentStack(GRUCell(HIDDEN, dtype=dtype), bidirectional=True),
+            RecurrentStack(LSTMCell(HIDDEN, dtype=dtype)),
+            7,
+            embedding_size=4,
+            attention=attention,
+            attention_size=6,
+            dtype=dtype,
+        )
+
+    half = model(jnp.bfloat16)
+    variables = random_params(half, source, source)
+    found = jax.jit(half.apply)(variables, source, source, lengths)
+    assert bfloat16(found)
+    exact = jax.jit(model(None).apply)(variables, source, source, lengths)
+    close(jnp.float32(found), exact, 0.15)
+    memory = half.apply(variables, source, lengths, method="encode")
+    assert bfloat16(memory["state"], memory["keys"])
+    # A loop needs a cache that keeps its dtypes.
+    tokens, ended, _ = greedy(
+        partial(half.apply, variables, method="decode_step"), memory, source[:, 0], 4, 2
+    )
+    read = jnp.concatenate([source[:, :1], tokens[:, :-1]], 1)
+    logits = half.apply(variables, source, read, lengths)
+    assert bfloat16(logits)
+    own = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+    gap = jnp.where(jnp.arange(4) < ended[:, None], logits.max(-1) - own, 0)
+    assert jnp.float32(gap).max() < 0.05
+
+
 @pytest.mark.parametrize("name", ["gru", "lstm", "full peephole"])
 def test_tokens_are_one_hot_vectors(name):
     model = Recurrent(CELLS[name].clone(vocabulary_size=FEATURES))
@@ -658,19 +824,39 @@ def test_forget_bias():
         close(bias, np.array([[0], [value], [0], [0]]) * np.ones(HIDDEN), 0)
 
 
-def test_chrono_initialisation():
-    cell = LSTMCell(1000, chrono_max_length=100)
+@pytest.mark.parametrize(
+    ("cell", "gates"),
+    [(LSTMCell, 4), (GRUCell, 3), (partial(GRUCell, relevance_gate=False), 2)],
+)
+def test_chrono_initialisation(cell, gates):
+    cell = cell(1000, chrono_max_length=100)
     variables = jax.jit(Recurrent(cell).init)(jax.random.key(0), sequences())
-    update, forget, output, candidate = variables["params"]["cell"]["bias"].reshape(
-        4, -1
+    update, *rest = variables["params"]["cell"]["bias"].reshape(gates, -1)
+    if gates == 4:
+        close(update, -rest.pop(0), 0)
+    times = np.exp(-update)
+    assert stats.kstest(times, stats.uniform(1, 98).cdf).pvalue > 0.01
+    assert not np.any(rest)
+
+
+def test_chrono_initialisation_keeps_memories_for_their_times():
+    """After t steps without input a unit of the time t has (1 - 1/(1 + t))^t left."""
+    cell = GRUCell(50, chrono_max_length=1000)
+    inputs = jnp.zeros((1, 400, FEATURES))
+    params = Recurrent(cell).init(jax.random.key(0), inputs)["params"]["cell"]
+    params["recurrent_kernel"] = 0 * params["recurrent_kernel"]
+    outputs, _ = Recurrent(cell).apply(
+        {"params": {"cell": params}}, inputs, None, jnp.ones((1, 50))
     )
-    close(update, -forget, 0)
-    times = np.exp(forget)
-    assert 1 <= times.min() < 2 and 98 < times.max() <= 99.01
-    assert abs(times.mean() - 50) < 5
-    assert not output.any() and not candidate.any()
+    times = np.exp(-params["bias"][:50])
+    want = (1 - 1 / (1 + times)) ** np.arange(1, 401)[:, None]
+    np.testing.assert_allclose(outputs[0], want, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", [LSTMCell, GRUCell])
+def test_chrono_initialisation_needs_a_length(cell):
     with pytest.raises(ValueError, match="chrono_max_length must be 3 or more"):
-        Recurrent(LSTMCell(2, chrono_max_length=2)).init(jax.random.key(0), sequences())
+        Recurrent(cell(2, chrono_max_length=2)).init(jax.random.key(0), sequences())
 
 
 # Stacks and models.
@@ -803,6 +989,45 @@ def test_encoder_decoder(attention):
     assert (np.abs(changed - logits).max((1, 2)) > 1e-3).all()
 
 
+@pytest.mark.parametrize(
+    ("encoder", "decoder"), [("linear", "lstm"), ("gru", "linear"), ("linear",) * 2]
+)
+def test_encoder_decoder_of_complex_states(encoder, decoder):
+    model = RecurrentEncoderDecoder(
+        RecurrentStack(CELLS[encoder], bidirectional=True),
+        RecurrentStack(CELLS[decoder]),
+        num_classes=7,
+        embedding_size=4,
+        attention_size=6,
+    )
+    source = jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, 7)
+    target = source[:, :3]
+    variables = random_params(model, source, target)
+    params = variables["params"]
+    logits = model.apply(variables, source, target)
+    cache = model.apply(variables, source, method="encode")
+    parts = 2 * (1 + (encoder == "linear"))  # of the summary, of width HIDDEN
+    assert params["bridge"]["Dense_0"]["kernel"].shape == (parts * HIDDEN, HIDDEN)
+    assert len(params["bridge"]) == 2
+    (state,) = cache["state"]
+    assert jnp.iscomplexobj(jax.tree.leaves(state)[0]) == (decoder == "linear")
+    for t in range(3):
+        one, cache = model.apply(variables, cache, target[:, t], method="decode_step")
+        close(one, logits[:, t])
+    gradient = jax.grad(lambda v: (model.apply(v, source, target) ** 2).sum())(
+        variables
+    )
+    assert all(leaf.any() for leaf in jax.tree.leaves(gradient["params"]["bridge"]))
+
+
+def test_a_decoder_has_no_initial_state_to_learn():
+    stack = RecurrentStack(CELLS["gru"])
+    model = RecurrentEncoderDecoder(stack, stack.clone(learned_initial_state=True), 7)
+    tokens = jnp.zeros((2, 3), int)
+    with pytest.raises(ValueError, match="learned_initial_state=False"):
+        model.init(jax.random.key(0), tokens, tokens)
+
+
 def test_attention_weights_are_those_of_the_contexts():
     model = RecurrentEncoderDecoder(
         RecurrentStack(CELLS["gru"]),
@@ -901,40 +1126,80 @@ def test_wrong_calls():
 # On GPUs.
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_cudnn_gets_the_same_weights(reverse, monkeypatch):
-    """cuDNN runs on GPUs alone; JAX's reference of its layout stands in for it."""
-    model = Recurrent(LSTMCell(HIDDEN), reverse=reverse)
-    x = sequences()
-    params = random_params(model, x)
-    state = normal(BATCH, HIDDEN, seed=3), normal(BATCH, HIDDEN, seed=4)
+@pytest.fixture
+def cudnn(monkeypatch):
+    """cuDNN runs on GPUs alone; JAX's reference of its layout stands in for it.
 
-    def loss(params, x):
-        outputs, (h, c) = model.apply(params, x, initial_state=state)
-        return jnp.sum(jnp.sin(outputs)) + jnp.sum(h * c), (outputs, h, c)
-
-    expected = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    Returns a list that gets the shape, dtype and lengths of every call, and a function
+    after which there is a GPU.
+    """
     calls = []
 
     def reference(x, h, c, weights, lengths, *sizes):
-        calls.append(x.shape)
+        calls.append((x.shape, x.dtype.name, np.asarray(lengths).tolist()))
         input_size, hidden_size, num_layers, _, bidirectional = sizes
         parts = rnn.unpack_lstm_weights(
             weights, input_size, hidden_size, num_layers, bidirectional
         )
         return rnn.lstm_ref(x, h, c, *parts, lengths, *sizes)
 
-    monkeypatch.setattr(rnn, "lstm", reference)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    found = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
-    assert calls == [(BATCH, TIME, FEATURES)]
+    def switch_on():
+        monkeypatch.setattr(rnn, "lstm", reference)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    return calls, switch_on
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["full", "lengths"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_cudnn_gets_the_same_weights(reverse, lengths, cudnn):
+    calls, switch_on = cudnn
+    model = Recurrent(LSTMCell(HIDDEN), reverse=reverse)
+    x = sequences()
+    params = random_params(model, x)
+    state = normal(BATCH, HIDDEN, seed=3), normal(BATCH, HIDDEN, seed=4)
+
+    def loss(params, x, state):
+        outputs, (h, c) = model.apply(params, x, lengths, state)
+        return jnp.sum(jnp.sin(outputs)) + jnp.sum(h * c), (outputs, h, c)
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    expected = gradient(params, x, state)
+    switch_on()
+    found = gradient(params, x, state)
+    given = [TIME] * BATCH if lengths is None else [6, 1, 4]
+    assert calls == [((BATCH, TIME, FEATURES), "float32", given)]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
         found,
         expected,
     )
-    # Lengths, peepholes and tokens keep our own loop.
-    model.apply(params, x, LENGTHS)
-    peephole = Recurrent(PeepholeLSTMCell(HIDDEN))
-    peephole.apply(random_params(peephole, x), x)
-    assert len(calls) == 1
+    if lengths is not None:
+        close(jax.tree.map(lambda s: s[1], found[1][1:]), tuple(s[1] for s in state), 0)
+
+
+def test_cudnn_rounds_its_results_to_half_precision(cudnn):
+    calls, switch_on = cudnn
+    model = Recurrent(LSTMCell(HIDDEN, dtype=jnp.bfloat16))
+    x = sequences()
+    params = random_params(model, x)
+    expected = model.apply(params, x, LENGTHS)
+    switch_on()
+    found = model.apply(params, x, LENGTHS)
+    assert [dtype for _, dtype, _ in calls] == ["float32"]
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(found))
+    close(jax.tree.map(jnp.float32, found), jax.tree.map(jnp.float32, expected), 0.05)
+
+
+def test_what_cudnn_cannot_keeps_our_own_loop(cudnn):
+    calls, switch_on = cudnn
+    x, tokens = sequences(), jnp.zeros((BATCH, TIME), int)
+    switch_on()
+    for cell, inputs in [
+        (PeepholeLSTMCell(HIDDEN), x),
+        (LSTMCell(HIDDEN, cudnn=False), x),
+        (LSTMCell(HIDDEN, vocabulary_size=3), tokens),
+    ]:
+        model = Recurrent(cell)
+        model.apply(random_params(model, inputs), inputs)
+    assert not calls

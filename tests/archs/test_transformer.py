@@ -128,6 +128,18 @@ def test_layers_are_those_of_torch(decoder, activation, norm_first, masked):
     theirs.load_state_dict({name[2:]: tensor(p) for name, p in back.items()})
 
 
+def test_torch_layers_without_biases():
+    theirs = torch.nn.TransformerDecoderLayer(
+        8, 2, 12, 0.0, batch_first=True, bias=False
+    )
+    state = {name: p.detach().numpy() for name, p in theirs.state_dict().items()}
+    model = TransformerLayer(2, 8, 12, norm_first=False, cross_attention=True)
+    x, memory = normal(0, 3, 5, 8), normal(1, 3, 6, 8)
+    params = transformer.layer_from_torch(state)
+    out = model.apply({"params": params}, x, memory)
+    close(out, theirs(tensor(x), tensor(memory)).detach())
+
+
 @pytest.mark.parametrize("positions", ["sinusoidal", "learned", "rotary", None])
 def test_only_without_positions_the_order_is_nothing(positions):
     inputs, mask = normal(0, 3, 6, 5), padding_mask(LENGTHS, 6)
@@ -159,6 +171,19 @@ def test_only_without_positions_the_order_is_nothing(positions):
         else:
             with pytest.raises(AssertionError, match="is violated"):
                 run()
+
+
+def test_an_encoder_is_equivariant_where_the_slide_says_invariant():
+    inputs, mask = normal(0, 3, 6, 5), padding_mask(LENGTHS, 6)
+    f = function_of(TransformerEncoder(**FIELDS, positions=None), inputs)
+
+    def encode(x, mask):
+        return f(x, mask=mask)
+
+    key = jax.random.key(0)
+    contracts.assert_permutation_equivariant(encode, inputs, mask, key=key)
+    with pytest.raises(AssertionError, match="invariance is violated"):
+        contracts.assert_permutation_invariant(encode, inputs, mask, key=key)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])

@@ -15,6 +15,7 @@ SIZES = {"train": 40, "val": 6, "test_2016_flickr": 5}
 WORDS = {
     "en": ["a", "dog", "runs", "over", "green", "grass", "and", "jumps", "high"],
     "de": ["ein", "Hund", "rennt", "über", "grünes", "Gras", "und", "springt", "hoch"],
+    "fr": ["un", "chien", "court", "sur", "herbe", "verte", "et", "saute", "là"],
 }
 
 
@@ -75,6 +76,19 @@ def test_pairs_stay_together_and_come_back(written, lowercase):
         assert sorted(dataset.texts[split]) == sorted(asked)
         if split != "test":
             assert found == dataset.texts[split]
+
+
+def test_french_is_read_from_its_own_files(written):
+    lines, folder = written
+    dataset = load(folder, target_language="fr")
+    assert dataset.spec.name == "multi30k_en_fr"
+    asked = zip(lines["val.en"], lines["val.fr"], strict=True)
+    asked = sorted((a.lower(), b.lower()) for a, b in asked)
+    arrays = jax.device_get(dataset.arrays["validation"])
+    for name, column in (("inputs", 0), ("targets", 1)):
+        found = sorted(dataset.decode(row) for row in arrays[name])
+        assert found == sorted(pair[column] for pair in asked)
+    assert sorted(dataset.texts["validation"]) == asked
 
 
 FIELDS = ("inputs", "lengths", "targets", "target_lengths")

@@ -50,10 +50,10 @@ def test_a_file_is_found_in_a_folder_under_any_of_its_names(
 @pytest.mark.parametrize(
     ("original", "name", "content", "reason"),
     [
-        (FILE, "play.txt", b"Ser.", "content's SHA-256 is"),
+        (FILE, "play.txt", b"Ser.", "content's sha256 is"),
         (FILE, "play.txt.gz", gzip.compress(CONTENT)[:-9], "cannot be read"),
         (MEMBER, "plays.zip", zipped("other.txt"), "cannot be read"),
-        (MEMBER, "plays.zip", zipped()[:-30], "content's SHA-256 is"),
+        (MEMBER, "plays.zip", zipped()[:-30], "content's sha256 is"),
     ],
 )
 def test_what_is_not_the_published_file_is_refused(

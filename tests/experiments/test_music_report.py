@@ -149,20 +149,27 @@ class Echo:
 
 
 def test_what_is_written_is_fed_back():
-    roll = np.asarray(music_report.compose(Echo(), {}, jax.random.key(0), 5))
+    roll = np.asarray(music_report.compose(Echo(), {}, jax.random.key(0), 60, 1.0, 5))
     assert roll.shape == (5, 88)
     np.testing.assert_array_equal(roll, np.eye(88, dtype=bool)[39:44])
+    low = music_report.compose(Echo(), {}, jax.random.key(0), 21, 1.0, 3)
+    np.testing.assert_array_equal(low, np.eye(88, dtype=bool)[:3])
+
+
+def test_notes_have_names():
+    names = {21: "A0", 60: "C4", 61: "C#4", 69: "A4", 108: "C8"}
+    assert {note: music_report.note_name(note) for note in names} == names
 
 
 def test_a_low_temperature_decides():
     model = archs.SequenceModel(archs.RecurrentStack(archs.GRUCell(4)), 88)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 1, 88)))
     cold = [
-        music_report.compose(model, variables, jax.random.key(seed), 4, 1e-6)
+        music_report.compose(model, variables, jax.random.key(seed), 60, 1e-6, 4)
         for seed in (0, 1)
     ]
     np.testing.assert_array_equal(*cold)
-    warm = music_report.compose(model, variables, jax.random.key(0), 4, 1e6)
+    warm = music_report.compose(model, variables, jax.random.key(0), 60, 1e6, 4)
     assert 0.3 < np.mean(warm[1:]) < 0.7
 
 
@@ -194,13 +201,15 @@ def test_the_report_of_a_run_has_the_music(main, source, tmp_path):
         "--config.dataset.min_bucket_size=2",
         "--config.model.stack.cell.hidden_size=4",
         "--config.task.num_sequences=2",
+        "--config.task.first_note=64",
+        "--config.task.temperature=0.9",
         "--config.training.num_steps=2",
         "--config.training.steps_per_call=1",
         "--config.training.eval_every=2",
     )
     assert outcome.code == 0, outcome.err
     _, _, notes = read_midi((workdir / "music.mid").read_bytes())
-    assert (60, 0) in {(note, start) for note, start, _ in notes}
+    assert (64, 0) in {(note, start) for note, start, _ in notes}
     last = max(stop for _, _, stop in notes) / 480
     with wave.open(str(workdir / "music.wav")) as sound:
         seconds = sound.getnframes() / sound.getframerate()
@@ -208,6 +217,7 @@ def test_the_report_of_a_run_has_the_music(main, source, tmp_path):
     assert seconds == pytest.approx(0.6 * last + 0.06, abs=0.01)
     page = (workdir / "report.html").read_text()
     assert "Music from one note" in page
+    assert "From E4 on" in page and "at temperature 0.9" in page
     test = json.loads((workdir / "evaluation.json").read_text())["test"]
     row = page.split("<td>SequenceModel</td>")[1].split("</tr>")[0]
     assert f"{test['frame_nll']:.4g}</td>" in row

@@ -153,15 +153,31 @@ def test_shapes_that_would_broadcast_are_refused(objective, shape, batch):
         ({"objective": "error"}, "objective must be one of cross_entropy.*'error'"),
         ({"objective": "_check_shape"}, "objective must be one of"),
         ({"num_sequences": 0}, "num_sequences must be 1 or more, not 0"),
-        (
-            {"model": classifier(bidirectional=True), "objective": "legal_symbol"},
-            "legal_symbol is about what comes next",
-        ),
+        ({"temperature": 0.0}, "temperature must be above 0, not 0.0"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], not 0.0"),
+        ({"first_note": 20}, r"first_note must be a key .* not 20"),
     ],
 )
 def test_impossible_values_are_named(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         prediction(**fields)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "objective"),
+    [
+        (data.WordText("no.txt"), "cross_entropy"),
+        (data.TinyShakespeare(), "cross_entropy"),
+        (data.Chorales(), "frame_likelihood"),
+        (data.EmbeddedReber(), "legal_symbol"),
+    ],
+)
+def test_what_comes_next_is_not_to_be_read(dataset, objective):
+    model = archs.SequenceModel(
+        archs.RecurrentStack(archs.GRUCell(8), bidirectional=True), 9, 9
+    )
+    with pytest.raises(ValueError, match="targets are what comes next"):
+        prediction(model, dataset, objective=objective)
 
 
 # Buckets.
@@ -224,6 +240,23 @@ def test_the_same_batch_whatever_has_been_drawn_before():
     again = sample(jax.random.key(0), 1, task.arrays)
     jax.tree.map(np.testing.assert_array_equal, first[1], again)
     assert (first[0]["inputs"] != first[2]["inputs"]).any()
+
+
+def test_those_shown_are_of_all_lengths():
+    task = prediction(classifier(3, 9), Stored())
+    state = first_state(task)
+    _, _, shown = task.evaluation_sequences(state, "test", 5)
+    split = task.arrays["test"]
+    which = [0, 19, 39, 59, 79]
+    np.testing.assert_array_equal(shown["inputs"], split["inputs"][np.array(which)])
+    assert shown["lengths"].tolist() == [4, 4, 4, 7, 12]
+    logits = task.model.apply(state.variables, split["inputs"], split["lengths"])
+    np.testing.assert_allclose(
+        shown["prediction"], logits[np.array(which)], rtol=1e-4, atol=1e-5
+    )
+    generated = prediction()
+    _, _, shown = generated.evaluation_sequences(first_state(generated), "test", 5)
+    assert len(shown["prediction"]) == len(shown["lengths"]) == 5
 
 
 # Contracts.

@@ -21,7 +21,7 @@ from data.sequences import spec
 from experiments import config as configs
 from experiments import loop
 from experiments.optimizers import Optimizer
-from experiments.tasks import SetPrediction, set_objectives, set_prediction_report
+from experiments.tasks import SetPrediction, groups, set_objectives
 
 SHIPPED = Path(__file__).parents[2] / "experiments" / "configs"
 TRAINING = loop.Training(num_steps=20, steps_per_call=10, log_every=10, eval_every=10)
@@ -304,7 +304,7 @@ def test_sets_alike_in_size_are_learned_from_as_all_are():
 def test_measures_by_size():
     sizes = np.array([3, 1, 3, 2])
     values = {"error": np.array([1.0, 5.0, 2.0, np.nan])}
-    rows = set_prediction_report.measures_by_size(sizes, values)
+    rows = groups.measures_by_size(sizes, values)
     assert [(row["elements"], row["sets"]) for row in rows] == [
         ("1", 1),
         ("2", 1),
@@ -312,8 +312,8 @@ def test_measures_by_size():
     ]
     assert [row["error"] for row in rows] == [5, None, 1.5]
     sizes = np.repeat(np.arange(1, 101), 3)
-    rows = set_prediction_report.measures_by_size(sizes, {"size": sizes * 1.0})
-    assert len(rows) == set_prediction_report.MAX_GROUPS
+    rows = groups.measures_by_size(sizes, {"size": sizes * 1.0})
+    assert len(rows) == groups.MAX_GROUPS
     assert rows[0]["elements"] == "1 to 9" and rows[-1]["elements"] == "93 to 100"
     assert sum(row["sets"] for row in rows) == 300
     assert rows[-1]["size"] == 96.5

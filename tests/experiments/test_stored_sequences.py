@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -54,7 +55,9 @@ def originals(tmp_path_factory):
                 ("en", "a dog runs over green grass"),
                 ("de", "ein Hund rennt über grünes Gras"),
             ):
-                lines = [words(vocabulary, 2, 9) + "." for _ in range(size)]
+                # A sign that no sub-word has.
+                end = "." if split != "test_2016_flickr" else " Ω."
+                lines = [words(vocabulary, 2, 9) + end for _ in range(size)]
                 content = "".join(f"{line}\n" for line in lines).encode()
                 (folder / f"{split}.{language}.gz").write_bytes(gzip.compress(content))
                 accept(multi30k.ORIGINALS, f"{split}.{language}", content)
@@ -124,7 +127,7 @@ def test_next_word(model, main, tmp_path):
     lines = [f"{words('uno dos tres cuatro', 1, 12)} {i}.\n" for i in range(200)]
     text.write_text("".join(lines))
     width = "stack.cell.hidden_size" if model == "gru" else "hidden_size"
-    run(
+    _, report = run(
         main,
         tmp_path / "run",
         f"next_word.py:{model}",
@@ -134,7 +137,14 @@ def test_next_word(model, main, tmp_path):
         "--config.dataset.num_buckets=2",
         f"--config.model.{width}=8",
         "--config.task.num_sequences=8",
+        "--config.task.top_p=0.5",
     )
+    written = report.split("Sentences the model writes")[1].split("</table>")[0]
+    assert "the probability 0.5 together" in written
+    sentences = re.findall("<td>(.*?)</td>", written)
+    assert len(sentences) == 8
+    known = {"uno", "dos", "tres", "cuatro", ".", "&lt;unk&gt;", *map(str, range(200))}
+    assert {word for sentence in sentences for word in sentence.split()} <= known
 
 
 LANGUAGE = [
@@ -188,6 +198,8 @@ def test_multi30k(model, main, originals, tmp_path):
     assert set(measured) == {"cross_entropy", "token_accuracy", "bleu", "exact"}
     lines = (tmp_path / "translations.tsv").read_text().splitlines()
     assert len(lines) == 1 + 8
+    rows = [line.split("\t") for line in lines[1:]]
+    assert all(row[0].endswith("ω.") and row[1].endswith("ω.") for row in rows)
     assert lines[0].split("\t") == [
         "source",
         "reference",
