@@ -9,14 +9,12 @@ only. Run it on an idle machine.
 """
 
 import argparse
-import os
-import platform
 import resource
 import time
 
 import numpy as np
 
-from benchmarks.processes import answer, run_apart
+from benchmarks.processes import answer, print_head, run_apart, table_row
 
 FEATURES = 64
 HIDDEN_SIZES, CODES, NUM_BINS, HEAD_SIZES, NUM_CLASSES = (128,), 64, 32, (256,), 10
@@ -65,7 +63,7 @@ def row(elements: int, result: dict[str, float]) -> str:
         f"{result['peak']:,.0f}",
         f"{elements * FEATURES * 4 / 1e6:,.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return table_row(cells)
 
 
 def main() -> None:
@@ -79,14 +77,11 @@ def main() -> None:
     if args.measure:
         answer(args.measure, {"bag": measure})
         return
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} "
-        f"at the start; {FEATURES} features an element, chunks of {args.chunk_size:,} "
-        "elements.\n"
-    )
     header = ["elements", "s", "elements/s", "peak, MB", "all elements, MB"]
-    print(f"| {' | '.join(header)} |")
-    print("|" + "---|" * len(header))
+    print_head(
+        f"{FEATURES} features an element, chunks of {args.chunk_size:,} elements",
+        header,
+    )
     for elements in args.elements:
         result = run_apart(__spec__.name, "bag", elements, args.chunk_size)
         print(row(elements, result), flush=True)

@@ -9,13 +9,18 @@ height). Every measurement has a process of its own, see `benchmarks.processes`.
 """
 
 import argparse
-import os
-import platform
 from functools import partial
 
 import numpy as np
 
-from benchmarks.processes import answer, compile_jax, measure, run_apart
+from benchmarks.processes import (
+    answer,
+    compile_jax,
+    measure,
+    print_head,
+    run_apart,
+    table_row,
+)
 
 # Images, height and width, channels, features, kernel size, stride; whether the layer
 # is the first. HistNetQ's encoder, EMQNet's, and the one of unique characters.
@@ -89,10 +94,6 @@ def main() -> None:
     if args.measure:
         answer(args.measure, MEASUREMENTS)
         return
-    print(
-        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, load "
-        f"{os.getloadavg()[0]:.1f} at the start, {args.runs} runs each.\n"
-    )
     header = [
         "images, size, channels, features, kernel, stride",
         "ours, ms (best / median)",
@@ -101,8 +102,7 @@ def main() -> None:
         "ours / flax",
         "ours / PyTorch",
     ]
-    print(f"| {' | '.join(header)} |")
-    print("|" + "---|" * len(header))
+    print_head(f"{args.runs} runs each", header)
     for work in WORK:
         measured = {
             side: run_apart(__spec__.name, f"step_{side}", *work, args.runs)
@@ -115,7 +115,7 @@ def main() -> None:
             f"{best['ours'] / best['flax']:.2f}",
             f"{best['ours'] / best['torch']:.2f}",
         ]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        print(table_row(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,18 @@ it on an idle machine.
 
 import argparse
 import functools
-import os
-import platform
 from functools import partial
 
 import numpy as np
 
-from benchmarks.processes import answer, compile_jax, measure, run_apart
+from benchmarks.processes import (
+    answer,
+    compile_jax,
+    measure,
+    print_head,
+    run_apart,
+    table_row,
+)
 
 # [bag, element, feature] and the number of bins.
 SHAPES = [((20, 250, 300), 32), ((4, 1000, 512), 64)]
@@ -242,7 +247,7 @@ def row(work: str, kinds: tuple[str, str], ours: dict, theirs: dict) -> str:
         f"{theirs['added']:.0f}",
         f"{theirs['added'] / max(ours['added'], ours['allocated']):.1f}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return table_row(cells)
 
 
 def main() -> None:
@@ -254,10 +259,6 @@ def main() -> None:
     if args.measure:
         answer(args.measure, MEASUREMENTS)
         return
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} "
-        f"at the start, {args.runs} runs each.\n"
-    )
     header = [
         "forward + backward",
         "ours",
@@ -270,8 +271,7 @@ def main() -> None:
         "PyTorch, MB added",
         "times less memory",
     ]
-    print(f"| {' | '.join(header)} |")
-    print("|" + "---|" * len(header))
+    print_head(f"{args.runs} runs each", header)
     for shape, num_bins in SHAPES if not args.steps else ():
         work = f"{' x '.join(map(str, shape))}, {num_bins} bins"
         for kinds in KINDS:

@@ -13,12 +13,13 @@ the virtual machine than about the formulation.
 import json
 import os
 import pathlib
+import platform
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -77,3 +78,18 @@ def answer(asked: str, measurements: Mapping[str, Callable]) -> None:
     """Prints what the measurement that `run_apart` asked for gives."""
     name, *args = json.loads(asked)
     print(json.dumps(measurements[name](*args)))
+
+
+def table_row(cells: Iterable[Any]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def print_head(note: str, header: Sequence[str]) -> None:
+    """Prints what machine this is and the first two lines of a table."""
+    print(
+        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, load "
+        f"{os.getloadavg()[0]:.1f} at the start; {note}.\n"
+    )
+    print(table_row(header))
+    print("|" + "---|" * len(header))

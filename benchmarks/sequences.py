@@ -13,13 +13,18 @@ idle machine; with `taskset -c 0` before it all sides have one core.
 """
 
 import argparse
-import os
-import platform
 from functools import partial
 
 import numpy as np
 
-from benchmarks.processes import answer, compile_jax, measure, run_apart
+from benchmarks.processes import (
+    answer,
+    compile_jax,
+    measure,
+    print_head,
+    run_apart,
+    table_row,
+)
 
 # (batch, time, features, hidden size).
 SMALL, MIDDLE, LONG = (32, 50, 128, 128), (64, 100, 256, 256), (32, 784, 1, 128)
@@ -165,7 +170,7 @@ def row(kind: str, shape: tuple, ours: dict, flax: dict, theirs: dict) -> str:
         f"{max(ours['added'], ours['allocated']):.0f}",
         f"{theirs['added']:.0f}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return table_row(cells)
 
 
 def main() -> None:
@@ -177,10 +182,6 @@ def main() -> None:
     if args.measure:
         answer(args.measure, MEASUREMENTS)
         return
-    print(
-        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, load "
-        f"{os.getloadavg()[0]:.1f} at the start, {args.runs} runs each.\n"
-    )
     header = [
         "training step",
         "batch, time, features, hidden",
@@ -192,8 +193,7 @@ def main() -> None:
         "ours, MB",
         "PyTorch, MB added",
     ]
-    print(f"| {' | '.join(header)} |")
-    print("|" + "---|" * len(header))
+    print_head(f"{args.runs} runs each", header)
     for kind, shape in WORK:
         if args.only not in kind:
             continue

@@ -13,13 +13,18 @@ it on an idle machine; with `taskset -c 0` before it both sides have one core.
 
 import argparse
 import math
-import os
-import platform
 from functools import partial
 
 import numpy as np
 
-from benchmarks.processes import answer, compile_jax, measure, run_apart
+from benchmarks.processes import (
+    answer,
+    compile_jax,
+    measure,
+    print_head,
+    run_apart,
+    table_row,
+)
 
 # Kind of the blocks before the pooling, and the number of elements.
 WORK = [("ISAB", 300), ("ISAB", 1000), ("ISAB", 5000), ("SAB", 300), ("SAB", 1000)]
@@ -174,7 +179,7 @@ def row(kind: str, n: int, ours: dict, theirs: dict) -> str:
         f"{theirs['added']:.0f}",
         f"{memory / theirs['added']:.2f}",
     ]
-    return f"| {' | '.join(cells)} |"
+    return table_row(cells)
 
 
 def main() -> None:
@@ -185,10 +190,6 @@ def main() -> None:
     if args.measure:
         answer(args.measure, MEASUREMENTS)
         return
-    print(
-        f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, load "
-        f"{os.getloadavg()[0]:.1f} at the start, {args.runs} runs each.\n"
-    )
     header = [
         "training step",
         "ours, ms (best / median)",
@@ -199,8 +200,7 @@ def main() -> None:
         "PyTorch, MB added",
         "ours / PyTorch",
     ]
-    print(f"| {' | '.join(header)} |")
-    print("|" + "---|" * len(header))
+    print_head(f"{args.runs} runs each", header)
     for kind, n in WORK:
         ours, theirs = (
             in_process(f"step_{side}", kind, n, args.runs) for side in ("jax", "torch")
