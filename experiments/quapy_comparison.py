@@ -432,6 +432,7 @@ def significance(errors: Mapping[str, np.ndarray], level: float = 0.05) -> str:
         name for i, name in enumerate(names) if i != best and adjusted[best, i] >= level
     ]
     num_blocks = len(errors[names[0]])
+    num_pairs = len(names) * (len(names) - 1) // 2
     sentences = []
     if len(names) > 2:
         test = stats.friedmanchisquare(*errors.values())
@@ -441,11 +442,16 @@ def significance(errors: Mapping[str, np.ndarray], level: float = 0.05) -> str:
         )
     sentences.append(
         f"By Wilcoxon's signed-rank test over {num_blocks} blocks, with Holm's "
-        f"correction over {len(names) * (len(names) - 1) // 2} pairs at {level:g}, "
+        f"correction over {num_pairs} pairs at {level:g}, "
         f"{names[best]}, the best in mean rank ({ranks[best]:.2f}), differs from "
         f"{', '.join(differs) or 'no other'} and cannot be told from "
         f"{', '.join(others) or 'no other'}."
     )
+    if num_pairs * 2.0 ** (1 - num_blocks) >= level:
+        sentences.append(
+            f"{num_blocks} blocks are too few to tell any of {num_pairs} pairs apart, "
+            "however clear the difference."
+        )
     sentences.append(
         "Seeds share the examples of their dataset: this speaks of these datasets, "
         "not of all."
