@@ -499,13 +499,14 @@ def test_tilted_bags_move_by_the_strength_and_keep_the_classes_of_a_position():
 
 
 def test_whitened_components_have_unit_variance_and_the_most_variance():
+    sizes = {"train": 500, "test": 40}
     rng = np.random.default_rng(0)
     mixing = rng.normal(size=(6, 6)) * np.array([5, 3, 1, 1, 1, 1])[:, None]
-    inputs = {s: rng.normal(size=(n, 6)) @ mixing + 4 for s, n in SIZES.items()}
+    inputs = {s: rng.normal(size=(n, 6)) @ mixing + 4 for s, n in sizes.items()}
     shaped = {split: x.reshape(-1, 2, 3) for split, x in inputs.items()}
     found = samplers.whitened_components(shaped, 3)
     assert {split: x.shape for split, x in found.items()} == {
-        split: (n, 3) for split, n in SIZES.items()
+        split: (n, 3) for split, n in sizes.items()
     }
     np.testing.assert_allclose(found["train"].mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(np.cov(found["train"].T), np.eye(3), atol=1e-4)
@@ -517,9 +518,6 @@ def test_whitened_components_have_unit_variance_and_the_most_variance():
         np.testing.assert_allclose(abs(found[split]), abs(expected), atol=1e-3)
     few = {split: x[:2] for split, x in inputs.items()}
     assert samplers.whitened_components(few, 9)["test"].shape == (2, 2)
-
-
-SIZES = {"train": 500, "test": 40}
 
 
 def test_without_strength_tilted_bags_are_drawn_evenly():
