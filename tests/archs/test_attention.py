@@ -418,7 +418,7 @@ X = np.zeros((2, 5, 8), np.float32)
         ((8, 8, True), [X], {}, ValueError, "even head width"),
         ((2, 8), [X[0]], {}, ValueError, "queries must have"),
         ((2, 8), [X, X[:1]], {}, ValueError, "queries must have"),
-        ((2, 8), [X], {"lengths": np.ones(2)}, TypeError, "must be integers"),
+        ((2, 8), [X], {"lengths": np.ones(2)}, TypeError, "must have an integer dtype"),
         ((2, 8), [X], {"lengths": np.ones(3, int)}, ValueError, r"shape \(2,\)"),
         ((2, 8), [X], {"mask": np.ones((2, 4), bool)}, ValueError, r"shape \(2, 5\)"),
         (
