@@ -34,11 +34,22 @@ def test_shapes_are_those_of_the_spec():
 
 
 def test_sizes_are_uniform_and_both_ends_occur():
-    mask = draw(data.GaussianMixtures(2, 5), 2000)["mask"]
+    mask = draw(data.GaussianMixtures(2, 5), 2000, split="test")["mask"]
     size = mask.sum(1)
     np.testing.assert_array_equal(mask, np.arange(5) < size[:, None])
     assert stats.chisquare(np.bincount(size)[2:]).pvalue > ALPHA
     assert set(size) == {2, 3, 4, 5}
+
+
+def test_sets_to_learn_from_share_a_size_which_is_uniform():
+    dataset = data.GaussianMixtures(2, 5)
+    masks = jax.vmap(lambda key: dataset.sample(key, 3, "train", {})["mask"])(
+        jax.random.split(KEY, 2000)
+    )
+    size = np.asarray(masks).sum(2)  # [draw, set]
+    assert (size == size[:, :1]).all()
+    assert stats.chisquare(np.bincount(size[:, 0])[2:]).pvalue > ALPHA
+    assert set(size[:, 0]) == {2, 3, 4, 5}
 
 
 def test_every_element_is_near_the_mean_of_its_component(batch):
@@ -76,7 +87,11 @@ def test_sets_depend_on_the_key_alone():
     draw_small = functools.partial(draw, data.GaussianMixtures(3, 8), 4)
     first, again = draw_small(), draw_small()
     jax.tree.map(np.testing.assert_array_equal, first, again)
-    jax.tree.map(np.testing.assert_array_equal, first, draw_small(split="test"))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        draw_small(split="validation"),
+        draw_small(split="test"),
+    )
     other = draw_small(key=jax.random.key(1))
     assert (first["means"] != other["means"]).all()
     means = first["means"].reshape(4, -1)
