@@ -55,12 +55,8 @@ def step_jax(fast, number, size, channels, features, kernel, stride, first, runs
         return jnp.square(layer.apply(variables, x)).sum()
 
     step = jax.value_and_grad(loss, argnums=0 if first else (0, 1))
-    compiled, allocated = compile_jax(step, variables, x)
-    measured = measure(lambda: jax.block_until_ready(compiled(variables, x)), runs)
-    return {**measured, "allocated": allocated}
-
-
-step_ours, step_flax = partial(step_jax, True), partial(step_jax, False)
+    compiled, _ = compile_jax(step, variables, x)
+    return measure(lambda: jax.block_until_ready(compiled(variables, x)), runs)
 
 
 def step_torch(number, size, channels, features, kernel, stride, first, runs):
@@ -78,11 +74,10 @@ def step_torch(number, size, channels, features, kernel, stride, first, runs):
     return measure(run, runs)
 
 
-SIDES = ("ours", "flax", "torch")
 MEASUREMENTS = {
-    "step_ours": step_ours,
-    "step_flax": step_flax,
-    "step_torch": step_torch,
+    "ours": partial(step_jax, True),
+    "flax": partial(step_jax, False),
+    "torch": step_torch,
 }
 
 
@@ -105,13 +100,13 @@ def main() -> None:
     print_head(f"{args.runs} runs each", header)
     for work in WORK:
         measured = {
-            side: run_apart(__spec__.name, f"step_{side}", *work, args.runs)
-            for side in SIDES
+            side: run_apart(__spec__.name, side, *work, args.runs)
+            for side in MEASUREMENTS
         }
-        best = {side: measured[side]["best"] for side in SIDES}
+        best = {name: side["best"] for name, side in measured.items()}
         cells = [
             ", ".join(map(str, work[:6])) + (", first layer" if work[6] else ""),
-            *(f"{best[side]:.1f} / {measured[side]['median']:.1f}" for side in SIDES),
+            *(f"{m['best']:.1f} / {m['median']:.1f}" for m in measured.values()),
             f"{best['ours'] / best['flax']:.2f}",
             f"{best['ours'] / best['torch']:.2f}",
         ]
