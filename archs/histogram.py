@@ -5,10 +5,10 @@ with the gradient of linear binning), `cubic_histogram` (cubic B-splines) and
 `adaptive_histogram` (linear binning between given centers) are scattered forward, and
 their gradient is gathered backward: O(elements x features) whatever the number of bins,
 and the values are the only thing of their size that is kept between the passes. Where
-the backend scatters or gathers slowly, one-hot votes are summed instead, a bounded
-chunk of elements at a time. The published kinds, kept for reproduction, vote for every
-bin and are computed one bin at a time. None of them ever holds elements x features x
-bins.
+the backend scatters slowly, one-hot matrices are multiplied instead, a bounded chunk of
+elements at a time, and looked up in like manner where it gathers slowly. The published
+kinds, kept for reproduction, vote for every bin and are computed one bin at a time.
+None of them ever holds elements x features x bins.
 
 All of them average votes over a set whose elements may have a mask and weights. A
 weight is a multiplicity, `sum_i w_i vote(x_i) / sum_i w_i`: an element of weight 2
@@ -31,7 +31,7 @@ from jax import lax
 from .contracts import check_mask, check_weights, present
 from .precision import wide_dtype, widen
 
-# One-hot votes held at a time, where they are summed instead of scattered.
+# One-hot numbers held at a time, where votes are not scattered.
 _MAX_DENSE_SIZE = 2**24
 
 
@@ -116,22 +116,33 @@ def _scatter(index: jax.Array, votes: jax.Array, width: int) -> jax.Array:
 def _dense_scatter(
     index: jax.Array, votes: jax.Array, width: int, max_size: int = _MAX_DENSE_SIZE
 ) -> jax.Array:
-    """`_scatter` as a sum of one-hot votes, at most `max_size` of them at a time."""
-    bins = jnp.arange(width, dtype=index.dtype)
+    """`_scatter` as products of one-hot matrices, one per set and feature.
+
+    With the bins numbered by two digits, about the square root of `width` values each,
+    `totals[high, low] = sum_i [high_i = high] ([low_i = low] votes_i)`. The one-hot
+    vectors of the digits are held, not those of bins: at most `max_size` numbers.
+    """
+    num_low = 1 << ((width - 1).bit_length() + 1) // 2
+    num_high = -(-width // num_low)
 
     def total(chunk):
         index, votes = chunk
-        offset = bins - index[..., None]  # [..., element, feature, bin]
-        dense = sum(
-            jnp.where(offset == k, votes[..., k, None], 0)
-            for k in range(votes.shape[-1])
+        bins = index[..., None] + jnp.arange(votes.shape[-1], dtype=index.dtype)
+        high = jax.nn.one_hot(bins // num_low, num_high, dtype=votes.dtype)
+        low = jax.nn.one_hot(bins % num_low, num_low, dtype=votes.dtype)
+        totals = jnp.einsum(
+            "...nfkh,...nfkl->...fhl",
+            high,
+            low * votes[..., None],
+            precision=lax.Precision.HIGHEST,  # votes are no less exact on a TPU
         )
-        return jnp.sum(dense, axis=-3)
+        return totals.reshape(*totals.shape[:-2], -1)[..., :width]
 
     num_elements = index.shape[-2]
-    if index.size * width <= max_size:
+    per_element = votes.size // max(num_elements, 1) * (num_high + num_low)
+    length = max(max_size // max(per_element, 1), 1)
+    if num_elements <= length:
         return total((index, votes))
-    length = max(max_size * num_elements // (index.size * width), 1)
     count = -(-num_elements // length)
 
     def chunks(x, axis):

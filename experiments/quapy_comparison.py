@@ -273,6 +273,8 @@ def load_examples(
       UserError, data.DataError: when the files are not there.
     """
     if name == TEXT:
+        if options.text_dir is None:
+            raise UserError(f"name the folder of {TEXT}.zip with --text_dir.")
         return _read_sentences(options.text_dir)
     source = options.mnist_dir if name == "mnist" else None
     splits = data.load(name, source_dir=source).splits.values()
@@ -283,7 +285,7 @@ def load_examples(
     return inputs.reshape(len(inputs), -1), labels
 
 
-def _read_sentences(folder: Path | None) -> tuple[np.ndarray, np.ndarray]:
+def _read_sentences(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     splits = data.MovieSentences(source_dir=folder).sentences.values()
     texts = [(" ".join(words), label) for split in splits for words, label in split]
     sentences, labels = zip(*texts, strict=True)

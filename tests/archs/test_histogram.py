@@ -498,17 +498,20 @@ def test_leading_axes_and_vmap_agree(kind):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [4, 10, 33])
 @pytest.mark.parametrize("max_size", [10**9, 200, 1])
-def test_the_dense_form_is_the_scatter_and_the_gather(max_size):
+def test_the_dense_form_is_the_scatter_and_the_gather(max_size, width):
     rng = np.random.default_rng(0)
-    index = rng.integers(0, 7, (2, 11, 3), np.int32)
+    index = rng.integers(0, width - 3, (2, 11, 3), np.int32)
     votes = rng.random((2, 11, 3, 4), np.float32)
     np.testing.assert_allclose(
-        histogram._dense_scatter(jnp.asarray(index), jnp.asarray(votes), 10, max_size),
-        histogram._scatter(jnp.asarray(index), jnp.asarray(votes), 10),
+        histogram._dense_scatter(
+            jnp.asarray(index), jnp.asarray(votes), width, max_size
+        ),
+        histogram._scatter(jnp.asarray(index), jnp.asarray(votes), width),
         rtol=1e-6,
     )
-    table = rng.random((2, 3, 10), np.float32)
+    table = rng.random((2, 3, width), np.float32)
     np.testing.assert_allclose(
         histogram._dense_gather(jnp.asarray(table), jnp.asarray(index), max_size),
         np.take_along_axis(table, index.transpose(0, 2, 1), -1).transpose(0, 2, 1),
@@ -530,6 +533,7 @@ def test_accelerators_scatter_nothing(function):
     assert "stablehlo.scatter" in text["cpu"]
     for platform in ("tpu", "cuda"):
         assert "stablehlo.scatter" not in text[platform]
+        assert "stablehlo.dot_general" in text[platform]
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)

@@ -628,7 +628,8 @@ def test_a_complex_initial_state_descends():
     assert {name: leaf.shape for name, leaf in first.items()} == dict.fromkeys(
         ("real", "imag"), (1, HIDDEN)
     )
-    check_grads(loss, (first,), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+    # In float32 a smaller step loses digits and a larger one is bent.
+    check_grads(loss, (first,), 1, ["rev"], atol=1e-2, rtol=1e-2, eps=3e-2)
 
 
 @pytest.mark.parametrize("merge", ["concat", "sum", "mean"])

@@ -139,7 +139,7 @@ def test_next_word(model, main, tmp_path):
         "--config.task.num_sequences=8",
         "--config.task.top_p=0.5",
     )
-    written = report.split("Sentences the model writes")[1].split("</table>")[0]
+    written = report.split("Sentences the model writes", 1)[1].split("</table>")[0]
     assert "the probability 0.5 together" in written
     sentences = re.findall("<td>(.*?)</td>", written)
     assert len(sentences) == 8
