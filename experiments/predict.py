@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import rankdata
 
 import data
 from experiments.errors import UserError
@@ -27,12 +28,13 @@ def predict(
     output: Path,
     resamples: int,
     seed: int,
+    joint: bool = False,
 ) -> int:
     """Writes a csv with a row per bag; returns the number of bags.
 
     The columns are `bag`, a prevalence per class under the class's name, and
     `NAME_low`, `NAME_high`: the 95 % percentile interval over bags resampled with
-    replacement from the bag's own examples.
+    replacement from the bag's own examples, see `confidence_box`.
 
     Args:
       task: the run's.
@@ -42,6 +44,7 @@ def predict(
       output: the csv file.
       resamples: bootstrap resamples a bag.
       seed: of the bootstrap.
+      joint: whether the intervals hold for all classes at once.
 
     Raises:
       UserError: when the source cannot be read or does not fit the model.
@@ -52,7 +55,7 @@ def predict(
     rows = []
     for index, (name, bag) in enumerate(_bags(task, state, source)):
         key = jax.random.fold_in(jax.random.key(seed), index)
-        estimate, low, high = bag_interval(task, state, bag, resamples, key)
+        estimate, low, high = bag_interval(task, state, bag, resamples, key, joint)
         interval = np.stack([low, high], axis=1).reshape(-1)
         numbers = [f"{value:.6f}" for value in (*estimate, *interval)]
         rows.append([name, *numbers])
@@ -73,6 +76,7 @@ def bag_interval(
     bag: np.ndarray,
     resamples: int,
     key: jax.Array,
+    joint: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prevalences of one bag, and the ends of their bootstrap interval, each [K].
 
@@ -82,9 +86,10 @@ def bag_interval(
       bag: examples as the dataset has them, [element, *features].
       resamples: number of bootstrap resamples.
       key: of the resampling.
+      joint: see `confidence_box`.
     """
     bag = data.normalize(bag, task.dataset.shift, task.dataset.scale)
-    return interval(task.model, state.variables, bag, resamples, key, LEVEL)
+    return interval(task.model, state.variables, bag, resamples, key, LEVEL, joint)
 
 
 def interval(
@@ -94,6 +99,7 @@ def interval(
     resamples: int,
     key: jax.Array,
     level: float,
+    joint: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prevalences of one bag, and the ends of their percentile interval, each [K].
 
@@ -104,13 +110,37 @@ def interval(
       resamples: number of bootstrap resamples.
       key: of the resampling.
       level: the share of the resamples that the interval holds.
+      joint: see `confidence_box`.
     """
     padded, count = pad(bag)
     draws = np.asarray(
         _bag_and_resamples(model, variables, padded, count, key, resamples)
     )
-    low, high = np.quantile(draws[1:], [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return draws[0], low, high
+    return draws[0], *confidence_box(draws[1:], level, joint)
+
+
+def confidence_box(
+    draws: np.ndarray, level: float, joint: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of percentile intervals of resampled prevalences, each [K].
+
+    Args:
+      draws: prevalences of the resamples, [resample, K].
+      level: the share of the resamples that each class's interval holds or, when joint,
+        that lie inside the intervals of all classes at once: a confidence region.
+      joint: whether all classes are meant at once. All intervals then leave out the
+        same share at each end, the largest with which the region holds its level.
+    """
+    tail = (1 - level) / 2
+    if joint:
+        # How far from an end, as a share of the draws, a draw is in its worst class.
+        last = max(len(draws) - 1, 1)
+        below = (rankdata(draws, "max", axis=0) - 1) / last
+        above = (len(draws) - rankdata(draws, "min", axis=0)) / last
+        worst = np.minimum(below, above).min(axis=1)
+        tail = np.quantile(worst, 1 - level, method="lower")
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=0)
+    return low, high
 
 
 def pad(bag: np.ndarray) -> tuple[np.ndarray, np.int32]:

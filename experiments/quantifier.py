@@ -247,7 +247,11 @@ class Quantifier(BaseEstimator):
         return np.stack([self.predict(bag) for bag in bags])
 
     def predict_interval(
-        self, X: np.ndarray, level: float = LEVEL, resamples: int = 200
+        self,
+        X: np.ndarray,
+        level: float = LEVEL,
+        resamples: int = 200,
+        joint: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ends of a percentile interval of the prevalences, each [K].
 
@@ -259,6 +263,8 @@ class Quantifier(BaseEstimator):
           X: the examples of the bag, [element, *features].
           level: the share of the resamples that the interval holds, in (0, 1).
           resamples: number of bootstrap resamples.
+          joint: whether the intervals of all classes hold that share at once, see
+            `experiments.predict.confidence_box`.
 
         Raises:
           NotFittedError, ValueError: see `predict`.
@@ -268,7 +274,10 @@ class Quantifier(BaseEstimator):
         if resamples < 1:
             raise ValueError(f"resamples must be 1 or more, not {resamples}")
         bag, key = self._inputs(X), jax.random.key(self.seed)
-        return interval(self.model_, self.variables_, bag, resamples, key, level)[1:]
+        _, low, high = interval(
+            self.model_, self.variables_, bag, resamples, key, level, joint
+        )
+        return low, high
 
     def _set_normalization(self, examples: np.ndarray) -> None:
         self._feature_shape = examples.shape[1:]

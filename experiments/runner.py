@@ -96,7 +96,13 @@ def _run(argv: Sequence[str]) -> None:
             step, state = loop.best_state(workdir, task, config.seed)
             output = Path(options.output or workdir / "predictions.csv")
             count = predict.predict(
-                task, state, options.bags, output, options.bootstrap, config.seed
+                task,
+                state,
+                options.bags,
+                output,
+                options.bootstrap,
+                config.seed,
+                options.joint,
             )
             print(
                 f"Wrote the prevalences of {count} bags, by the checkpoint of step "
@@ -122,6 +128,11 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser.add_argument("--output", help="predict: csv file; WORKDIR/predictions.csv")
     parser.add_argument(
         "--bootstrap", type=int, default=200, help="predict: number of resamples"
+    )
+    parser.add_argument(
+        "--joint",
+        action="store_true",
+        help="predict: intervals that hold for all classes at once",
     )
     options, rest = parser.parse_known_args(argv)
     overrides, rest = _overrides(rest)

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
 
 import data
 from experiments import loop, predict, runner
@@ -183,6 +186,40 @@ def test_intervals_are_quantiles_of_resampled_bags(trained, digits):
     spread = (expected[1] - expected[0]).max()
     np.testing.assert_allclose(low, expected[0], atol=0.2 * spread)
     np.testing.assert_allclose(high, expected[1], atol=0.2 * spread)
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 7), st.sampled_from([0.5, 0.9, 0.95]), st.integers(0, 99))
+def test_a_joint_region_holds_its_share_of_whole_resamples(classes, level, seed):
+    draws = np.random.default_rng(seed).dirichlet(np.ones(classes), 300)
+    draws[draws < 0.05] = 0  # ties, as where a class is absent
+    low, high = predict.confidence_box(draws, level, joint=True)
+
+    def share(low, high):
+        return ((low <= draws) & (draws <= high)).all(1).mean()
+
+    assert share(low, high) >= level
+    marginal = predict.confidence_box(draws, level)
+    assert (low <= marginal[0]).all() and (high >= marginal[1]).all()
+
+
+def test_a_joint_region_is_no_wider_than_it_must_be():
+    draws = np.random.default_rng(0).standard_normal((4000, 5))
+    low, high = predict.confidence_box(draws, 0.9, joint=True)
+    # Each of five independent classes must hold 0.9 to the power of 1/5.
+    expected = norm.ppf((1 + 0.9 ** (1 / 5)) / 2)
+    np.testing.assert_allclose([-low, high], np.full((2, 5), expected), rtol=0.08)
+
+
+def test_joint_intervals_are_wider(predicted):
+    alone, together = predicted("test"), predicted("test", "--joint")
+    for name, row in alone.items():
+        low, high = vector(row, "_low"), vector(row, "_high")
+        joint = together[name]
+        np.testing.assert_array_equal(vector(row), vector(joint))
+        assert (vector(joint, "_low") <= low).all()
+        assert (vector(joint, "_high") >= high).all()
+        assert (vector(joint, "_high") > high).any()
 
 
 # Mistakes.

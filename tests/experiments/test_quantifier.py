@@ -109,6 +109,9 @@ def test_intervals_hold_the_estimate_and_widen_with_the_level(fitted):
     np.testing.assert_array_equal(
         fitted.predict_interval(bag), fitted.predict_interval(bag, 0.95)
     )
+    joint = fitted.predict_interval(bag, joint=True)
+    assert (joint[0] <= fitted.predict_interval(bag)[0]).all()
+    assert (joint[1] > fitted.predict_interval(bag)[1]).any()
 
 
 def test_parameters_are_those_of_an_estimator(fitted):
