@@ -206,7 +206,7 @@ def test_a_dataset_that_is_not_there_is_skipped(compare, tmp_path):
         *FAST,
     )
     assert code == 0
-    assert "sentence_polarity is skipped: movie_sentences needs" in err
+    assert "sentence_polarity is skipped: name the folder of" in err
     assert rows(out)["CC"][1] == "1.00" or rows(out)["PCC"][1] == "1.00"
     code, _, err = compare(
         "--datasets=sentence_polarity",
