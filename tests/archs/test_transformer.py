@@ -189,7 +189,7 @@ def test_an_encoder_is_equivariant_where_the_slide_says_invariant():
 @pytest.fixture
 def optimized():
     """What is compiled is optimised as it is outside of tests."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
