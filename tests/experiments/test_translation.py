@@ -118,6 +118,24 @@ def test_impossible_values_are_named(fields, sentence):
         translation(**fields)
 
 
+@pytest.mark.parametrize("model", ["gru", "transformer"])
+def test_the_config_of_dates_runs(model, main, tmp_path):
+    done = main(
+        f"--config={SHIPPED}/translation.py:{model}_dates",
+        f"--workdir={tmp_path}",
+        "--config.training.num_steps=2",
+        "--config.training.steps_per_call=1",
+        "--config.task.num_pairs=4",
+        "--config.task.test_pairs=6",
+        "--config.task.validation_pairs=5",
+        "--config.task.evaluation_batch=6",
+        "--config.task.beam_size=2",
+    )
+    assert done.code == 0, done.err
+    assert len((tmp_path / "translations.tsv").read_text().splitlines()) == 1 + 6
+
+
+@pytest.mark.slow
 def test_dates_are_learned(main, tmp_path):
     done = main(
         f"--config={SHIPPED}/translation.py:gru_dates",
