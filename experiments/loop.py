@@ -282,8 +282,7 @@ def train(
     template = state_template(task, seed)
     restored = checkpoints.restore_latest(template)
     if restored is None:
-        init = jax.jit(partial(initial_state, task, seed), out_shardings=everywhere())
-        step, state = 0, init(task.arrays)
+        step, state = 0, first_state(task, seed)
         notes = {
             "best": None,
             "evaluations_since_best": 0,
@@ -412,6 +411,12 @@ def initial_state(task: Task, seed: int, arrays: Any) -> Any:
     key = jax.random.key(seed)
     batch = task.sample(jax.random.fold_in(key, 1), jnp.int32(0), arrays)
     return task.init(jax.random.fold_in(key, 0), batch)
+
+
+def first_state(task: Task, seed: int) -> Any:
+    """`initial_state`, computed on the devices."""
+    init = jax.jit(partial(initial_state, task, seed), out_shardings=everywhere())
+    return init(task.arrays)
 
 
 def state_template(task: Task, seed: int) -> Any:

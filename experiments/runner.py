@@ -232,7 +232,7 @@ def build(config: ConfigDict) -> tuple[data.Dataset, loop.Task, loop.Training]:
     except ValueError as error:
         raise UserError(f"config.task: {error}") from error
     try:
-        jax.eval_shape(partial(loop.initial_state, task, config.seed), task.arrays)
+        loop.state_template(task, config.seed)
     except (ValueError, TypeError, AssertionError, AttributeError) as error:
         message = str(error).strip().splitlines()
         raise UserError(
@@ -348,21 +348,20 @@ def write_json(path: Path, value) -> None:
 
 
 def _train(workdir: Path, config, task: loop.Task, training: loop.Training) -> None:
-    initial = partial(loop.initial_state, task, config.seed)
-    shapes = jax.eval_shape(initial, task.arrays)
+    shapes = loop.state_template(task, config.seed)
     print(parameter_table(getattr(shapes, "params", shapes)), file=sys.stderr)
     if config.check_contracts and not (workdir / "checkpoints").exists():
-        _check_contracts(config, task, initial)
+        _check_contracts(config, task)
     progress = Progress(training.num_steps)
     loop.train(task, training, workdir, config.seed, progress)
 
 
-def _check_contracts(config, task: loop.Task, initial) -> None:
+def _check_contracts(config, task: loop.Task) -> None:
     check = getattr(task, "check_contracts", None)
     if check is None:
         return
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    state = jax.jit(initial)(task.arrays)
+    state = loop.first_state(task, config.seed)
     batch = jax.jit(task.sample)(key, np.int32(0), task.arrays)
     try:
         check(state, batch)

@@ -185,7 +185,7 @@ def test_a_model_of_other_shape_is_a_sentence(vectors):
 def test_bfloat16_computes_in_it_and_keeps_float32(vectors):
     model = archs.Classifier(archs.MLP((8,), 4, dtype=jnp.bfloat16), 3)
     task = classifier(vectors, model)
-    state = loop.initial_state(task, 0, task.arrays)
+    state = loop.first_state(task, 0)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {
         jnp.dtype("float32")
     }

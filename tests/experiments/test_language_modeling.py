@@ -49,7 +49,7 @@ def modeling(model=None, **fields):
 
 
 def first_state(task, seed=0):
-    return jax.jit(lambda arrays: loop.initial_state(task, seed, arrays))(task.arrays)
+    return loop.first_state(task, seed)
 
 
 def test_windows_go_on_with_the_state_of_the_last():

@@ -42,7 +42,7 @@ def set_prediction(model=None, dataset=None, **fields):
 
 
 def first_state(task, seed=0):
-    return jax.jit(lambda arrays: loop.initial_state(task, seed, arrays))(task.arrays)
+    return loop.first_state(task, seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,7 +49,7 @@ def task():
 
 @pytest.fixture(scope="module")
 def state(task):
-    return jax.jit(lambda arrays: loop.initial_state(task, 0, arrays))(task.arrays)
+    return loop.first_state(task, 0)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
