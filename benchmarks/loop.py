@@ -50,7 +50,7 @@ def measure(variant: str, overrides: dict, runs: int) -> dict[str, float]:
     length = training.steps_per_call
     key = jax.random.key(0)
     first = np.int32(0)
-    state = jax.jit(partial(loop.initial_state, task, config.seed))(task.arrays)
+    state = loop.first_state(task, config.seed)
 
     sample = jax.jit(task.sample)
 

@@ -367,8 +367,8 @@ def test_learns_prevalences_from_bags_without_labels():
         estimate = model.apply({"params": params, **model_state}, inputs)
         return absolute_error(p, estimate).mean()
 
-    # A constant answer has error 0.25; six seeds gave 0.056 to 0.085.
-    assert train(jax.random.key(0)) < 0.12
+    # A constant answer has error 0.25; the draw of the bag alone costs 0.04.
+    assert train(jax.random.key(0)) < 0.08
 
 
 def test_wrong_arguments_are_named():

@@ -48,10 +48,6 @@ def modeling(model=None, **fields):
     )
 
 
-def first_state(task, seed=0):
-    return loop.first_state(task, seed)
-
-
 def test_windows_go_on_with_the_state_of_the_last():
     """Without learning, the windows of a row are read as one text."""
     task = modeling(window=5)
@@ -59,7 +55,7 @@ def test_windows_go_on_with_the_state_of_the_last():
     task = LanguageModeling(
         task.model, task.dataset, optimizer, TRAINING, num_windows=2, window=5
     )
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     stream = task.arrays["train"]["stream"][:60].reshape(2, 30)
     logits, _ = task.model.apply(task.variables(state), stream)
     losses = []
@@ -89,7 +85,7 @@ def test_a_learned_initial_state_is_learned_and_used():
     stack = archs.RecurrentStack(archs.LSTMCell(6), learned_initial_state=True)
     model = archs.SequenceModel(stack, SIZE, vocabulary_size=SIZE, embedding_size=5)
     task = modeling(model)
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     layer = state.params["stack"]["layers_0"]
     layer["initial_state"] = jax.tree.map(
         lambda leaf: leaf + 0.5, layer["initial_state"]
@@ -119,7 +115,7 @@ def test_a_learned_initial_state_is_learned_and_used():
 def test_every_token_is_counted_once_with_its_context(model, context, stride):
     carries = isinstance(model, archs.SequenceModel)
     task = modeling(model, carry_state=carries, context=context)
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     stream = np.asarray(task.arrays["test"]["stream"])
     prepared = task.prepare_evaluation(state, "test", task.arrays)
     evaluate = jax.jit(
@@ -159,7 +155,7 @@ def test_a_transformer_meets_only_positions_it_was_trained_at(window):
 
 def test_samples_of_a_transformer_see_a_window():
     task = modeling(transformer(), carry_state=False, window=4)
-    variables = task.variables(first_state(task))
+    variables = task.variables(loop.first_state(task, 0))
     widths = []
 
     def predict(tokens, lengths):
@@ -178,7 +174,7 @@ def test_samples_of_a_transformer_see_a_window():
 
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="TransformerLanguageModel has no state"):
-        first_state(modeling(transformer()))
+        loop.first_state(modeling(transformer()), 0)
     with pytest.raises(ValueError, match="bidirectional stack reads"):
         stack = archs.RecurrentStack(archs.LSTMCell(6), bidirectional=True)
         modeling(archs.SequenceModel(stack, SIZE, vocabulary_size=SIZE))
@@ -193,7 +189,9 @@ def test_what_does_not_fit_is_named():
         modeling(window=0)
     with pytest.raises(ValueError, match=r"\(2, 5, 7\).*not \(2, 5, 3\)"):
         stack = archs.RecurrentStack(archs.LSTMCell(6))
-        first_state(modeling(archs.SequenceModel(stack, 3, vocabulary_size=SIZE)))
+        loop.first_state(
+            modeling(archs.SequenceModel(stack, 3, vocabulary_size=SIZE)), 0
+        )
 
 
 def test_a_text_of_one_letter_is_soon_learned():
@@ -213,7 +211,9 @@ def test_a_text_of_one_letter_is_soon_learned():
         num_windows=2,
         window=10,
     )
-    run = loop.compile_steps(task, 0, jax.eval_shape(lambda: first_state(task)), 100)
-    state, rows = run(first_state(task), task.arrays, 0)
+    run = loop.compile_steps(
+        task, 0, jax.eval_shape(lambda: loop.first_state(task, 0)), 100
+    )
+    state, rows = run(loop.first_state(task, 0), task.arrays, 0)
     total, count = rows["cross_entropy"]
     assert total[-1] / count[-1] < 0.05 < total[0] / count[0]

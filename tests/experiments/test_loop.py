@@ -276,7 +276,7 @@ def test_many_steps_a_call_are_the_same_steps():
     task = Line()
     states, rows = {}, {}
     for steps_per_call in (1, 10):
-        state = jax.jit(partial(loop.initial_state, task, 3))(task.arrays)
+        state = loop.first_state(task, 3)
         run_steps = loop.compile_steps(task, 3, state, steps_per_call)
         parts = []
         for step in range(0, 20, steps_per_call):
@@ -292,7 +292,7 @@ def test_many_steps_a_call_are_the_same_steps():
 
 def test_the_state_is_donated():
     task = Line()
-    state = jax.jit(partial(loop.initial_state, task, 3))(task.arrays)
+    state = loop.first_state(task, 3)
     run_steps = loop.compile_steps(task, 3, state, 5)
     run_steps(state, task.arrays, np.int32(0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -300,7 +300,7 @@ def test_the_state_is_donated():
 
 
 def internals(task, steps_per_call=5):
-    state = jax.jit(partial(loop.initial_state, task, 3))(task.arrays)
+    state = loop.first_state(task, 3)
     run_steps = loop.compile_steps(task, 3, state, steps_per_call)
     variables = inspect.getclosurevars(run_steps).nonlocals
     length = 1 if variables["alone"] else steps_per_call

@@ -41,10 +41,6 @@ def prediction(model=None, dataset=None, **fields):
     )
 
 
-def first_state(task, seed=0):
-    return loop.first_state(task, seed)
-
-
 class Stored:
     """Sequences of ids, their sum modulo 3 being the class, sorted by length."""
 
@@ -187,7 +183,7 @@ def test_a_step_is_that_of_the_batch_without_its_padding():
     dataset = Stored()
     model = classifier(3, 9)
     task = prediction(model, dataset)
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     sample, step = jax.jit(task.sample), jax.jit(task.train_step)
     lengths = set()
     for number in range(6):
@@ -220,7 +216,7 @@ def test_a_step_is_that_of_the_batch_without_its_padding():
 
 def test_stored_sequences_are_evaluated_once_each():
     task = prediction(classifier(3, 9), Stored(), evaluation_batch=30)
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     sums = {}
     for index in range(task.num_eval_batches("test")):
         batch = task.eval_batch("test", jnp.int32(index), task.arrays)
@@ -244,7 +240,7 @@ def test_the_same_batch_whatever_has_been_drawn_before():
 
 def test_those_shown_are_of_all_lengths():
     task = prediction(classifier(3, 9), Stored())
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     _, _, shown = task.evaluation_sequences(state, "test", 5)
     split = task.arrays["test"]
     which = [0, 19, 39, 59, 79]
@@ -255,7 +251,9 @@ def test_those_shown_are_of_all_lengths():
         shown["prediction"], logits[np.array(which)], rtol=1e-4, atol=1e-5
     )
     generated = prediction()
-    _, _, shown = generated.evaluation_sequences(first_state(generated), "test", 5)
+    _, _, shown = generated.evaluation_sequences(
+        loop.first_state(generated, 0), "test", 5
+    )
     assert len(shown["prediction"]) == len(shown["lengths"]) == 5
 
 
@@ -272,12 +270,12 @@ class ReadsPadding(nn.Module):
 
 def test_a_model_that_reads_padding_is_found_out():
     task = prediction(ReadsPadding())
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     batch = task.sample(jax.random.key(0), 0, task.arrays)
     with pytest.raises(AssertionError, match="padding invariance of a sequence"):
         task.check_contracts(state, batch)
     task = prediction()
-    task.check_contracts(first_state(task), batch)
+    task.check_contracts(loop.first_state(task, 0), batch)
 
 
 # Shipped configs, in short.

@@ -41,10 +41,6 @@ def set_prediction(model=None, dataset=None, **fields):
     )
 
 
-def first_state(task, seed=0):
-    return loop.first_state(task, seed)
-
-
 @dataclasses.dataclass(frozen=True)
 class Positions:
     """Sets of two numbers; what is asked for has the shape of the elements."""
@@ -149,7 +145,7 @@ def test_impossible_values_are_named(fields, sentence):
 def test_evaluation_sets_are_the_same_for_every_model_and_seed():
     def sets(model, seed):
         task = set_prediction(model)
-        return task.evaluation_sets(first_state(task, seed), "test")
+        return task.evaluation_sets(loop.first_state(task, seed), "test")
 
     outputs, measures, first = sets(deepsets(), 0)
     assert outputs["mask"].shape == (25, 20)
@@ -166,7 +162,7 @@ def test_evaluation_sets_are_the_same_for_every_model_and_seed():
         np.testing.assert_array_equal(outputs["mask"], other["mask"])
         assert (outputs["prediction"] != other["prediction"]).any()
     task = set_prediction(test_sets=12)
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     validation, test = (
         task.evaluation_sets(state, split)[0]["target"]
         for split in ("validation", "test")
@@ -176,7 +172,7 @@ def test_evaluation_sets_are_the_same_for_every_model_and_seed():
 
 def test_the_last_batch_counts_only_the_sets_asked_for():
     task = set_prediction()
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     _, measures, _ = task.evaluation_sets(state, "test")
     assert task.num_eval_batches("test") == 3
     found = loop.compile_evaluation(task)(state, "test")
@@ -206,7 +202,7 @@ def test_training_never_sees_a_set_twice():
 def test_the_first_measure_is_what_is_learned(objective, monitor):
     task = set_prediction(objective=objective)
     assert task.monitor == monitor
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     batch = jax.jit(task.sample)(jax.random.key(0), 0, {})
 
     def loss(params):
@@ -227,7 +223,7 @@ def test_masked_values_are_averaged_over_what_is_real(monkeypatch):
 
     monkeypatch.setattr(set_objectives, "by_element", by_element, raising=False)
     task = set_prediction(ByElement(), Positions(), objective="by_element")
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     outputs, measures, _ = task.evaluation_sets(state, "test")
     error = np.abs(outputs["prediction"] - outputs["target"])[outputs["mask"]]
     found = loop.compile_evaluation(task)(state, "test")["error"]
@@ -269,7 +265,7 @@ def test_a_model_that_breaks_a_contract_is_named(by_element):
         dataset = Positions() if by_element else data.MaxOfNumbers(high=1.0)
         task = set_prediction(model, dataset)
         batch = jax.jit(task.sample)(jax.random.key(0), 0, {})
-        state = first_state(task)
+        state = loop.first_state(task, 0)
         if name is None:
             task.check_contracts(state, batch)
             continue
@@ -286,7 +282,7 @@ def test_sets_alike_in_size_are_learned_from_as_all_are():
     task = set_prediction(deepsets(15, "mean"), dataset, objective="mixture")
     optimizer = Optimizer(name="sgd", learning_rate=1.0)
     task = dataclasses.replace(task, optimizer=optimizer)
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     batch = jax.jit(task.sample)(jax.random.key(0), 0, task.arrays)
     plain = jax.jit(super(SetPrediction, task).train_step)
     cut = jax.jit(task.train_step)
@@ -408,7 +404,7 @@ def test_unique_characters_trains(tmp_path):
     }
     config = configs.load(f"{SHIPPED}/unique_characters.py", overrides)
     _, task, _ = runner.build(config)
-    state = first_state(task)
+    state = loop.first_state(task, 0)
     sample, step = jax.jit(task.sample), jax.jit(task.train_step)
     for number in range(2):
         batch = sample(jax.random.key(0), number, task.arrays)
