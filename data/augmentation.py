@@ -34,6 +34,25 @@ def shift_and_flip(
     return jax.vmap(crop)(padded, offsets)
 
 
+def turn_and_mirror(key: jax.Array, sets: jax.Array) -> jax.Array:
+    """Sets of square images, each set turned and mirrored as a whole at random.
+
+    One of the eight symmetries of the square a set: transposed or not, upside down or
+    not, left to right or not, each with probability one half.
+
+    Args:
+        key: PRNG key.
+        sets: [set, element, size, size, channel].
+
+    Returns:
+        The shape and dtype of `sets`.
+    """
+    coins = jax.random.bernoulli(key, shape=(3, len(sets), 1, 1, 1, 1))
+    sets = jnp.where(coins[0], sets.swapaxes(2, 3), sets)
+    sets = jnp.where(coins[1], sets[:, :, ::-1], sets)
+    return jnp.where(coins[2], sets[:, :, :, ::-1], sets)
+
+
 def deform(
     key: jax.Array,
     images: jax.Array,

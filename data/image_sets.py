@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.augmentation import deform
+from data.augmentation import deform, turn_and_mirror
 from data.datasets import DataError, Dataset, Spec, load, normalize
 from data.number_sets import check_sizes, draw_mask, generated_spec
 
@@ -139,6 +139,9 @@ class UniqueCharacters:
         validation_fraction: of the characters.
         test_fraction: of the characters.
         split_seed: seed of the split.
+        augment: whether the sets of the train split are varied, for few characters:
+            each set is turned and mirrored as a whole, which leaves distinct what is
+            distinct, and each image is deformed; see `data.augmentation`.
     """
 
     source_dir: str | None = None
@@ -148,6 +151,7 @@ class UniqueCharacters:
     validation_fraction: float = 0.1
     test_fraction: float = 0.2
     split_seed: int = 0
+    augment: bool = False
 
     def __post_init__(self):
         check_sizes(min_size=self.min_size, max_size=self.max_size)
@@ -216,7 +220,7 @@ class UniqueCharacters:
         """
         images = arrays[split]
         num_characters, num_drawings = images.shape[:2]
-        size_key, *keys = jax.random.split(key, 6)
+        size_key, *keys, view_key = jax.random.split(key, 7)
         mask = draw_mask(size_key, num_sets, self.min_size, self.max_size)
         size = mask.sum(1, keepdims=True)
         count = jax.random.randint(keys[0], size.shape, 1, size + 1)
@@ -235,6 +239,11 @@ class UniqueCharacters:
         characters = jnp.take_along_axis(chosen, which, axis=1)
         drawing = drawings[jnp.arange(num_sets)[:, None], which, number]
         inputs = normalize(images[characters, drawing], 0, 255)[..., None]
+        if self.augment and split == "train":
+            turn_key, deform_key = jax.random.split(view_key)
+            inputs = turn_and_mirror(turn_key, inputs)
+            flat = deform(deform_key, inputs.reshape(-1, *inputs.shape[2:]))
+            inputs = flat.reshape(inputs.shape)
         return {
             "inputs": _hide(inputs, mask),
             "mask": mask,

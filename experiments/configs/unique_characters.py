@@ -7,11 +7,13 @@ MODEL is `deepsets_mean`, `deepsets_sum`, `deepsets_max` or `set_transformer`.
 The protocol, the sizes of the networks, the Poisson likelihood, Adam's 1e-4 and the 32
 sets a step are those of Lee et al., "Set Transformer", ICML 2019, section 5.2, whose
 accuracies after 200,000 steps are 0.4382 with pooling (rFF + Pooling) and 0.6037 with
-SAB + PMA. Here the four convolutions have group normalisation, as that of batches would
-mix the sets of a batch, the pooling by attention is as wide as the layers before it (64
-and 4 heads instead of 8 and 8), and there are 20,000 steps at ten times the learning
-rate, which falls to zero. For the first 500 to several thousand steps a network answers
-a constant; without the normalisation it has not been seen to leave it.
+SAB + PMA, with the 1,623 characters of all of Omniglot. Here the four convolutions have
+group normalisation, as that of batches would mix the sets of a batch, the pooling by
+attention is as wide as the layers before it (64 and 4 heads instead of 8 and 8), the
+sets to learn from are turned, mirrored and deformed, and there are 20,000 steps at ten
+times the learning rate, which falls to zero. For the first 500 to several thousand
+steps a network answers a constant; without the normalisation it has not been seen to
+leave it.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +27,7 @@ def get_config(variant: str = "set_transformer") -> ConfigDict:
     """The config of a model."""
     check_variant(variant, MODELS)
     config = ConfigDict()
-    config.dataset = dict(name="UniqueCharacters")
+    config.dataset = dict(name="UniqueCharacters", augment=True)
     encoder = dict(
         name="CNN",
         channels=(64, 64, 64, 64),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data.augmentation import deform, shift_and_flip
+from data.augmentation import deform, shift_and_flip, turn_and_mirror
 
 NOTHING = {
     f"max_{name}": 0.0 for name in ("rotation", "scaling", "shear", "shift", "bend")
@@ -35,6 +35,19 @@ def test_views_shift_and_mirror():
         assert len(matches) == 1
         found.add(matches[0])
     assert len(found) > 12
+
+
+def test_a_set_is_turned_and_mirrored_as_a_whole():
+    sets = np.asarray(jax.random.uniform(jax.random.key(0), (64, 3, 5, 5, 2)))
+    found = []
+    for images, view in zip(
+        sets, np.asarray(turn_and_mirror(jax.random.key(1), sets)), strict=True
+    ):
+        turned = [np.rot90(images, turns, (1, 2)) for turns in range(4)]
+        symmetries = turned + [images[:, :, ::-1] for images in turned]
+        (symmetry,) = [i for i, s in enumerate(symmetries) if np.array_equal(s, view)]
+        found.append(symmetry)
+    assert set(found) == set(range(8))
 
 
 def test_without_limits_nothing_is_deformed(images):

@@ -1,6 +1,7 @@
 import io
 import zipfile
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -138,6 +139,19 @@ def test_the_target_is_how_many_characters_differ(omniglot):
     for n in range(2, 6):
         counts = np.bincount(batch["target"][size == n, 0].astype(int))[1:]
         assert len(counts) == n and stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_only_images_of_the_train_split_are_varied(omniglot):
+    plain, varied = characters(omniglot), characters(omniglot, augment=True)
+    for split in ("train", "validation", "test"):
+        expected, found = draw(plain, 20, split), draw(varied, 20, split)
+        images, others = expected.pop("inputs"), found.pop("inputs")
+        chex.assert_trees_all_equal(expected, found)
+        same = (images == others).all((2, 3, 4))
+        mask = expected["mask"]
+        assert not others[~mask].any()
+        assert (same[mask] == (split != "train")).all()
+        assert others.min() >= 0 and others.max() <= 1
 
 
 def test_splits_have_characters_of_their_own(omniglot):
