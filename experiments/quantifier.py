@@ -225,7 +225,7 @@ class Quantifier(BaseEstimator):
             BagQuantification,
             data.Bags(self._spec(splits), splits, self._shift, self._scale),
             num_bags=20 if self.num_bags is None else self.num_bags,
-            mixer="exact" if self.mixed_bags else "none",
+            mixer="exact" if self.mixed_bags else None,
             mixed_bags=self.mixed_bags if mixes else 0,
         )
 

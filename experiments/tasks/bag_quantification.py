@@ -21,7 +21,7 @@ from experiments.tasks.prevalence import (
     pools_linearly,
 )
 
-MIXERS = ("exact", "published", "none")
+MIXERS = ("exact", "published", None)
 EVALUATION_BATCH = 20
 
 
@@ -39,7 +39,7 @@ class BagQuantification(PrevalenceTask):
       poolings two whole bags become one of twice the size, which is exact too.
     - `published`: the bag mixer of the HistNetQ paper, see `data.samplers.mix_bags`;
       its labels are noisy.
-    - `none`: the bags as they are.
+    - None: the bags as they are.
 
     Attributes:
       model: a set network with `encode`, `aggregate`, `decode`; inputs
@@ -52,7 +52,7 @@ class BagQuantification(PrevalenceTask):
         checkpoint.
       measures: measures of `archs.quantification` that evaluation reports besides.
       num_bags: bags a step.
-      mixer: `exact`, `published` or `none`.
+      mixer: `exact`, `published` or None.
       real_bags: share of the bags (or mixtures) that a mixer leaves as they are. All
         mixtures have middling prevalences, so that few real bags teach little about
         rare classes.
@@ -73,7 +73,7 @@ class BagQuantification(PrevalenceTask):
     loss: str = "absolute_error"
     measures: Sequence[str] = ("absolute_error", "relative_absolute_error")
     num_bags: int = 20
-    mixer: str = "exact"
+    mixer: str | None = "exact"
     real_bags: float = 0.5
     mixed_bags: int = 0
     warmup_loss: str = "absolute_error"
@@ -86,7 +86,7 @@ class BagQuantification(PrevalenceTask):
             raise ValueError(f"num_bags must be 1 or more, not {self.num_bags}")
         if self.mixer not in MIXERS:
             raise ValueError(
-                f"mixer must be one of {', '.join(MIXERS)}, not {self.mixer!r}"
+                f"mixer must be 'exact', 'published' or None, not {self.mixer!r}"
             )
         if not 0 <= self.real_bags <= 1:
             raise ValueError(

@@ -101,7 +101,7 @@ def counted(inputs, mask=None):
 @pytest.mark.parametrize(
     ("mixer", "model", "real_bags"),
     [
-        ("none", histnetq(), 0.0),
+        (None, histnetq(), 0.0),
         ("exact", deepsets("max"), 0.0),
         ("exact", deepsets("max"), 0.5),
         ("published", histnetq(), 1.0),
@@ -149,7 +149,7 @@ def test_a_mixture_in_representation_space_has_the_representation_of_its_bag(mod
 
 
 def test_without_mixing_bags_are_learned_as_they_are():
-    task = make_task(mixer="none")
+    task = make_task(mixer=None)
     given = task.dataset.splits["train"]["inputs"]
     for bag in np.asarray(batch_of(task)["inputs"]):
         assert (bag == given).all((1, 2)).any()
@@ -280,14 +280,14 @@ def test_the_warmup_learns_from_its_own_loss():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mixer": "mixup"}, "mixer must be one of exact, published, none"),
+        ({"mixer": "mixup"}, "mixer must be 'exact', 'published' or None"),
         ({"real_bags": 1.5}, "real_bags must lie between 0 and 1"),
         ({"num_bags": 0}, "num_bags must be 1 or more"),
         ({"num_bags": 1}, "num_bags must be 2 or more for mixer='exact'"),
         ({"loss": "error"}, "there is no measure 'error'"),
         ({"warmup_loss": "error"}, "there is no measure 'error'"),
         ({"warmup_steps": -1}, "warmup_steps must be 0 or more"),
-        ({"mixed_bags": 9, "mixer": "none"}, "made in representation space only"),
+        ({"mixed_bags": 9, "mixer": None}, "made in representation space only"),
         ({"mixed_bags": 9, "model": deepsets("max")}, "representation space only"),
         ({"model": archs.MLP((), 3)}, "MLP is no set network"),
     ],
