@@ -59,11 +59,12 @@ class LabelledQuantification(Quantification):
                 f"{self.bag_size} and {self.mixed_bags}"
             )
         supervised.check_not_negative(self, "bag_weight", "noise")
-        if self.warmup_steps:
-            raise ValueError(
-                "warmup_steps must be 0 here: what learns from bags are calibration "
-                f"and pseudo-counts alone, not {self.warmup_steps}"
-            )
+        for name in ("warmup_steps", "remembered_bags"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} must be 0 here: what learns from bags are calibration "
+                    f"and pseudo-counts alone, not {getattr(self, name)}"
+                )
         super().__post_init__()
 
     def _arrays(self) -> dict:

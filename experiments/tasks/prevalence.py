@@ -14,6 +14,9 @@ from archs import quantification as measures_of
 from experiments import metrics
 from experiments.tasks import supervised
 
+# The collection of a state, beside the model's, with what φ said of the train split.
+REMEMBERED = "remembered"
+
 
 def measure(name: str, bag_size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The measure of that name: `(prevalence, estimate) -> value of each bag`.
@@ -59,7 +62,13 @@ def pools_linearly(model: nn.Module) -> bool:
     )
 
 
-def bags_or_mixtures(model: nn.Module, batch: Mapping, *, train: bool) -> jax.Array:
+def bags_or_mixtures(
+    model: nn.Module,
+    batch: Mapping,
+    remembered: jax.Array | None = None,
+    *,
+    train: bool,
+) -> tuple[jax.Array, jax.Array | None]:
     """Prevalences of the bags of a batch or, where it says how, of their mixtures.
 
     Args:
@@ -68,18 +77,31 @@ def bags_or_mixtures(model: nn.Module, batch: Mapping, *, train: bool) -> jax.Ar
         with "elements" int [mixture, element], a mixture is those of the bags, which
         hold one example each; with "weights" [mixture, bag], it is made of the bags'
         representations.
+      remembered: None or what φ said of the examples of the train split, [n, *f]. Then
+        the bags are the examples "indices" int [bag] of it, one each, and the bags
+        "remembered" int [more, element] of it follow the mixtures.
       train: switches dropout on.
+
+    Returns:
+      Prevalences [bag or mixture, K]; what is remembered after this batch.
     """
     mask = batch.get("mask")
     if not {"elements", "weights"} & set(batch):
-        return model(batch["inputs"], mask, train=train)
-    features = model.encode(batch["inputs"], mask, train=train)  # [bag, element, f]
+        return model(batch["inputs"], mask, train=train), remembered
+    features = model.encode(batch["inputs"], mask, train=train)  # [bag, element, *f]
+    if remembered is not None:
+        latest = jax.lax.stop_gradient(features[:, 0])
+        remembered = remembered.at[batch["indices"]].set(latest)
     if "elements" in batch:
-        features = features[:, 0][batch["elements"]]  # [mixture, element, f]
+        features = features[:, 0][batch["elements"]]  # [mixture, element, *f]
     representation = model.aggregate(features, mask, train=train)
     if "weights" in batch:
         representation = batch["weights"] @ representation  # [mixture, r]
-    return model.decode(representation, train=train)
+    if remembered is not None:
+        bags = remembered[batch["remembered"]]  # [more, element, *f]
+        more = model.aggregate(bags, train=train)
+        representation = jnp.concatenate([representation, more])
+    return model.decode(representation, train=train), remembered
 
 
 class PrevalenceTask(supervised.SupervisedTask):
@@ -124,15 +146,20 @@ class PrevalenceTask(supervised.SupervisedTask):
         """One update; see `loop.Task`."""
 
         def loss(params, model_state):
-            estimate, collections = self.model.apply(
+            model_state = dict(model_state)
+            remembered = model_state.pop(REMEMBERED, {}).get("features")
+            (estimate, remembered), collections = self.model.apply(
                 {"params": params, **model_state},
                 batch,
+                remembered,
                 train=True,
                 rngs={"dropout": key},
                 mutable=[*model_state, "losses"],
                 method=bags_or_mixtures,
             )
             collections = dict(collections)
+            if remembered is not None:
+                collections[REMEMBERED] = {"features": remembered}
             # What the model adds to the loss by sowing it.
             sown = jax.tree.leaves(collections.pop("losses", {}))
             values = {

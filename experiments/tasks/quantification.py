@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -24,6 +25,7 @@ from experiments.optimizers import Optimizer
 from experiments.report import Section
 from experiments.tasks import quantification_report, supervised
 from experiments.tasks.prevalence import (
+    REMEMBERED,
     PrevalenceTask,
     check_set_network,
     pools_linearly,
@@ -81,6 +83,12 @@ class Quantification(PrevalenceTask):
         learns from the bags as they are.
       mixture_sharpness: 1 or more; some mixtures are made of few examples, see
         `data.samplers.mixture_weights`.
+      remembered_bags: bags of `evaluation_bag_size` examples a step besides, drawn from
+        the whole train split: of what φ said, with its dropout, of each example when
+        it last came (zeros before it first does), so that they cost the head alone and
+        teach it alone. The
+        state grows by the features of the train split. For `mixed_bags` of single
+        examples.
       warmup_loss: the loss of the first `warmup_steps`.
       warmup_steps: see `PrevalenceTask`.
       validation_bags: number of bags of an evaluation during training.
@@ -109,6 +117,7 @@ class Quantification(PrevalenceTask):
     replace: bool = True
     mixed_bags: int = 0
     mixture_sharpness: float = 1.0
+    remembered_bags: int = 0
     warmup_loss: str = "absolute_error"
     warmup_steps: int = 0
     validation_bags: int = 300
@@ -141,7 +150,15 @@ class Quantification(PrevalenceTask):
             )
         if not self.concentration > 0:
             raise ValueError(f"concentration must be > 0, not {self.concentration}")
-        supervised.check_not_negative(self, "mixed_bags", "warmup_steps", "max_shift")
+        supervised.check_not_negative(
+            self, "mixed_bags", "remembered_bags", "warmup_steps", "max_shift"
+        )
+        if self.remembered_bags and not (self.mixed_bags and self.bag_size == 1):
+            raise ValueError(
+                "remembered_bags must be 0 without mixtures of single examples "
+                "(mixed_bags of 1 or more and bag_size=1), not "
+                f"{self.remembered_bags}"
+            )
         if not self.mixture_sharpness >= 1:
             raise ValueError(
                 f"mixture_sharpness must be 1 or more, not {self.mixture_sharpness}"
@@ -199,6 +216,17 @@ class Quantification(PrevalenceTask):
 
     # The methods of `loop.Task`.
 
+    def init(self, key: jax.Array, batch: Mapping) -> supervised.TrainState:
+        """The first state; see `loop.Task`."""
+        state = super().init(key, batch)
+        if not self.remembered_bags:
+            return state
+        encode = partial(self.model.apply, method="encode")
+        features = jax.eval_shape(encode, state.variables, batch["inputs"])
+        shape = (self.dataset.spec.sizes["train"], *features.shape[2:])
+        remembered = {"features": jnp.zeros(shape, features.dtype)}
+        return state.replace(model_state=state.model_state | {REMEMBERED: remembered})
+
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Bags of the train split."""
         key = jax.random.fold_in(key, step)
@@ -230,6 +258,16 @@ class Quantification(PrevalenceTask):
                 )
                 batch["elements"] = elements
                 batch["prevalence"] = prevalence[elements].mean(1)
+        if self.remembered_bags:
+            bags, more = self._draw_bags(
+                jax.random.fold_in(key, 1),
+                arrays["train"],
+                self.protocol,
+                self.remembered_bags,
+                self.size_at_evaluation,
+            )
+            batch["indices"], batch["remembered"] = indices[:, 0], bags
+            batch["prevalence"] = jnp.concatenate([batch["prevalence"], more])
         return batch
 
     def _inputs(self, split: Mapping, indices: jax.Array | slice) -> jax.Array:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import archs
@@ -258,7 +259,7 @@ def test_a_set_transformer_learns_from_mixtures_with_dropout(vectors):
             train=True,
             rngs={"dropout": jax.random.key(seed)},
             method=prevalence.bags_or_mixtures,
-        )
+        )[0]
 
     assert batch["elements"].shape == (4, 5)
     assert np.abs(estimate(0) - estimate(1)).max() > 1e-3
@@ -266,6 +267,46 @@ def test_a_set_transformer_learns_from_mixtures_with_dropout(vectors):
     assert np.isfinite(row["absolute_error"][0])
     moved = jax.tree.map(lambda a, b: (a != b).any(), state.params, after.params)
     assert moved["PMA_0"]["seeds"]
+
+
+@pytest.mark.parametrize("model", [histnetq(), deepsets("max")], ids=["mean", "max"])
+def test_remembered_bags_teach_the_head(vectors, model):
+    part = "phi" if isinstance(model, archs.DeepSets) else "encoder"
+    model = model.clone(**{part: archs.MLP((8,), 4)})
+    fields = {"num_bags": 12, "bag_size": 1, "mixed_bags": 4, "remembered_bags": 3}
+    task = quantification(vectors, model, **fields, evaluation_bag_size=7)
+    state, batch = first_state(task), first_batch(task)
+    labels = vectors.splits["train"]["labels"]
+    inputs = normalised(vectors, "train")
+    counted = np.eye(3)[labels[batch["remembered"]]].mean(1)
+    np.testing.assert_allclose(batch["prevalence"][4:], counted, atol=1e-6)
+    np.testing.assert_allclose(batch["inputs"][:, 0], inputs[batch["indices"]])
+
+    # What a step says of its examples is remembered, and nothing else is.
+    after, row = jax.jit(task.train_step)(state, batch, jax.random.key(0))
+    assert row["absolute_error"][1] == 7
+    said = model.apply(state.variables, inputs[:, None], method="encode")[:, 0]
+    seen = np.isin(np.arange(len(inputs)), batch["indices"])
+    remembered = after.model_state[prevalence.REMEMBERED]["features"]
+    np.testing.assert_allclose(remembered, np.where(seen[:, None], said, 0), atol=1e-6)
+
+    # Of what is remembered of all, bags are what they are, and teach the head alone.
+    @jax.jit
+    def estimate(params):
+        method = prevalence.bags_or_mixtures
+        found = model.apply({"params": params}, batch, said, train=True, method=method)
+        return found[0][4:]
+
+    bags = model.apply(state.variables, inputs[batch["remembered"]])
+    np.testing.assert_allclose(estimate(state.params), bags, atol=1e-5)
+    gradient = jax.grad(lambda params: estimate(params)[:, 0].sum())(state.params)
+    moved = {name: optax.tree.norm(part) > 0 for name, part in gradient.items()}
+    assert not moved.pop(part) and all(moved.values())
+
+
+def test_remembered_bags_are_refused_without_mixtures(vectors):
+    with pytest.raises(ValueError, match="remembered_bags must be 0 without mixtures"):
+        quantification(vectors, remembered_bags=2)
 
 
 def test_views_change_images_and_neither_labels_nor_evaluation():
