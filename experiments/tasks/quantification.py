@@ -86,9 +86,8 @@ class Quantification(PrevalenceTask):
       remembered_bags: bags of `evaluation_bag_size` examples a step besides, drawn from
         the whole train split: of what φ said, with its dropout, of each example when
         it last came (zeros before it first does), so that they cost the head alone and
-        teach it alone. The
-        state grows by the features of the train split. For `mixed_bags` of single
-        examples.
+        teach it alone. The state grows by the features of the train split. For
+        `mixed_bags` of single examples.
       warmup_loss: the loss of the first `warmup_steps`.
       warmup_steps: see `PrevalenceTask`.
       validation_bags: number of bags of an evaluation during training.

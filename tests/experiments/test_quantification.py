@@ -300,7 +300,7 @@ def test_remembered_bags_teach_the_head(vectors, model):
     bags = model.apply(state.variables, inputs[batch["remembered"]])
     np.testing.assert_allclose(estimate(state.params), bags, atol=1e-5)
     gradient = jax.grad(lambda params: estimate(params)[:, 0].sum())(state.params)
-    moved = {name: optax.tree.norm(part) > 0 for name, part in gradient.items()}
+    moved = {name: optax.tree.norm(leaves) > 0 for name, leaves in gradient.items()}
     assert not moved.pop(part) and all(moved.values())
 
 
