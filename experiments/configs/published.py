@@ -33,8 +33,7 @@ POOLINGS = {
     "deepsets_median": "lower_median",
     "deepsets_max": "max",
 }
-MIXTURES = "histnetq_mixtures"
-MODELS = ("histnetq", *POOLINGS, "set_transformer", MIXTURES)
+MODELS = ("histnetq", *POOLINGS, "set_transformer", "histnetq_mixtures")
 LOSSES = {"ae": "absolute_error", "rae": "relative_absolute_error"}
 VARIANTS = tuple(f"{model}_{loss}" for model in MODELS for loss in LOSSES)
 EPOCH = 250
@@ -92,7 +91,7 @@ def get_config(variant: str = "histnetq_ae") -> ConfigDict:
         config.model = dict(
             name="DeepSets", phi=encoder, rho=head, aggregation=POOLINGS[model]
         )
-    else:
+    else:  # histnetq_mixtures
         config.model = dict(
             name="HistNetQ",
             encoder=dict(name="CNN", channels=(32, 64), kernel_size=3, features=256),

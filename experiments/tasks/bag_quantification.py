@@ -21,7 +21,6 @@ from experiments.tasks.prevalence import (
     pools_linearly,
 )
 
-MIXERS = ("exact", "published", None)
 EVALUATION_BATCH = 20
 
 
@@ -84,7 +83,7 @@ class BagQuantification(PrevalenceTask):
     def __post_init__(self):
         if self.num_bags < 1:
             raise ValueError(f"num_bags must be 1 or more, not {self.num_bags}")
-        if self.mixer not in MIXERS:
+        if self.mixer not in ("exact", "published", None):
             raise ValueError(
                 f"mixer must be 'exact', 'published' or None, not {self.mixer!r}"
             )

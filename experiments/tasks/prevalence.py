@@ -14,9 +14,6 @@ from archs import quantification as measures_of
 from experiments import metrics
 from experiments.tasks import supervised
 
-# The collection of a state, beside the model's, with what φ said of the train split.
-REMEMBERED = "remembered"
-
 
 def measure(name: str, bag_size: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The measure of that name: `(prevalence, estimate) -> value of each bag`.
@@ -147,7 +144,7 @@ class PrevalenceTask(supervised.SupervisedTask):
 
         def loss(params, model_state):
             model_state = dict(model_state)
-            remembered = model_state.pop(REMEMBERED, {}).get("features")
+            remembered = model_state.pop("cache", {}).get("features")
             (estimate, remembered), collections = self.model.apply(
                 {"params": params, **model_state},
                 batch,
@@ -159,7 +156,7 @@ class PrevalenceTask(supervised.SupervisedTask):
             )
             collections = dict(collections)
             if remembered is not None:
-                collections[REMEMBERED] = {"features": remembered}
+                collections["cache"] = {"features": remembered}
             # What the model adds to the loss by sowing it.
             sown = jax.tree.leaves(collections.pop("losses", {}))
             values = {

@@ -25,7 +25,6 @@ from experiments.optimizers import Optimizer
 from experiments.report import Section
 from experiments.tasks import quantification_report, supervised
 from experiments.tasks.prevalence import (
-    REMEMBERED,
     PrevalenceTask,
     check_set_network,
     pools_linearly,
@@ -223,8 +222,8 @@ class Quantification(PrevalenceTask):
         encode = partial(self.model.apply, method="encode")
         features = jax.eval_shape(encode, state.variables, batch["inputs"])
         shape = (self.dataset.spec.sizes["train"], *features.shape[2:])
-        remembered = {"features": jnp.zeros(shape, features.dtype)}
-        return state.replace(model_state=state.model_state | {REMEMBERED: remembered})
+        cache = {"cache": {"features": jnp.zeros(shape, features.dtype)}}
+        return state.replace(model_state=state.model_state | cache)
 
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Bags of the train split."""

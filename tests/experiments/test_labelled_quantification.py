@@ -173,6 +173,8 @@ def test_noise_has_the_spread_asked_for(vectors, small, batch):
         ({"max_shift": 1}, "for images"),
         ({"flip": True}, "for images"),
         ({"noise": -1.0}, "noise must be 0 or more"),
+        ({"warmup_steps": 1}, "warmup_steps must be 0 here"),
+        ({"remembered_bags": 1}, "remembered_bags must be 0 here"),
     ],
 )
 def test_impossible_settings_are_refused(vectors, fields, message):

@@ -287,7 +287,7 @@ def test_remembered_bags_teach_the_head(vectors, model):
     assert row["absolute_error"][1] == 7
     said = model.apply(state.variables, inputs[:, None], method="encode")[:, 0]
     seen = np.isin(np.arange(len(inputs)), batch["indices"])
-    remembered = after.model_state[prevalence.REMEMBERED]["features"]
+    remembered = after.model_state["cache"]["features"]
     np.testing.assert_allclose(remembered, np.where(seen[:, None], said, 0), atol=1e-6)
 
     # Of what is remembered of all, bags are what they are, and teach the head alone.
