@@ -49,7 +49,7 @@ from .gaussian_mixture import (
     mixture_posterior,
 )
 from .gmnet import GaussianDensities, GMNet, centered_kernel_alignment
-from .histnetq import HistNetQ, PrevalenceHead
+from .histnetq import HistNetQ, PrevalenceHead, sparsemax
 from .histogram import (
     AdaptiveHistogram,
     CubicHistogram,
@@ -243,6 +243,7 @@ __all__ = [
     "relative_absolute_error",
     "simplex_least_squares",
     "smooth",
+    "sparsemax",
     "sqrt_sum_pool",
     "squared_error",
     "std_pool",

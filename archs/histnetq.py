@@ -17,6 +17,8 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from optax.projections import projection_simplex
 
 from .contracts import check_weights, present
 from .encoders import MLP, encode_elements
@@ -24,30 +26,62 @@ from .pooling import merge_aggregates
 from .precision import widen
 
 
+def sparsemax(logits: jax.Array) -> jax.Array:
+    """The nearest point of the simplex, `argmin_p |p - z|²`, on the last axis.
+
+    `p_k = max(0, z_k - τ)` with the τ for which they sum to one. Where all classes are
+    present p is linear in z, as a prevalence is in the bag's histogram; classes can be
+    absent, `p_k = 0` exactly. Martins and Astudillo, "From softmax to sparsemax", ICML
+    2016.
+
+    Args:
+      logits: z, floating [..., K].
+
+    Returns:
+      Of the shape and dtype of the logits.
+    """
+    return jnp.vectorize(projection_simplex, signature="(k)->(k)")(logits)
+
+
+OUTPUT_ACTIVATIONS = {"softmax": nn.softmax, "sparsemax": sparsemax}
+
+
 class PrevalenceHead(nn.Module):
     """Dense layers and a softmax: a bag's representation becomes its prevalences.
 
-    (Dense, LeakyReLU(0.01), Dropout) per hidden size, Dense(num_classes), softmax.
+    (Dense, LeakyReLU(0.01), Dropout) per hidden size, Dense(num_classes), softmax or
+    sparsemax.
 
     Attributes:
       hidden_sizes: the width of each hidden layer; may be empty.
       num_classes: K.
       dropout_rate: applied after each hidden layer when `train`.
-      dtype: compute dtype of the dense layers; the softmax is float32 at least.
+      output_activation: `softmax`, as published, or `sparsemax`, which answers absent
+        classes with zero; a class that an answer leaves out gets no gradient from it.
+      dtype: compute dtype of the dense layers; the activation is float32 at least.
+
+    Raises:
+      ValueError: another output activation.
     """
 
     hidden_sizes: Sequence[int]
     num_classes: int
     dropout_rate: float = 0.0
+    output_activation: str = "softmax"
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps x [bag, r] to prevalences [bag, num_classes] which sum to one."""
+        if self.output_activation not in OUTPUT_ACTIVATIONS:
+            raise ValueError(
+                f"output_activation must be one of {', '.join(OUTPUT_ACTIVATIONS)}, "
+                f"not {self.output_activation!r}"
+            )
         mlp = MLP(
             self.hidden_sizes, self.num_classes, self.dropout_rate, dtype=self.dtype
         )
-        return nn.softmax(widen(mlp(x, train=train)))
+        return OUTPUT_ACTIVATIONS[self.output_activation](widen(mlp(x, train=train)))
 
 
 class HistNetQ(nn.Module):

@@ -1,12 +1,24 @@
+import hypothesis.extra.numpy
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
 
 import archs
-from archs import CNN, MLP, HistNetQ, PrevalenceHead, absolute_error, contracts
+from archs import (
+    CNN,
+    MLP,
+    HistNetQ,
+    PrevalenceHead,
+    absolute_error,
+    contracts,
+    sparsemax,
+)
 
 HISTOGRAMS = [
     archs.LinearHistogram(4),
@@ -240,7 +252,49 @@ def test_parameter_counts_are_the_published_ones_but_for_the_histogram(
     assert 3 * per_bin < published - millions < 6 * per_bin
 
 
+@settings(deadline=None)
+@given(
+    hypothesis.extra.numpy.arrays(
+        np.float32, (3, 5), elements=st.floats(-4, 4, width=32)
+    )
+)
+def test_sparsemax_is_the_nearest_point_of_the_simplex(logits):
+    p = np.asarray(sparsemax(jnp.asarray(logits)))
+    assert p.min() >= 0
+    np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-5)
+    # The nearest point of a convex set: no corner is in the direction of the logits.
+    np.testing.assert_array_less(
+        ((np.eye(5)[:, None] - p) * (logits - p)).sum(-1), 1e-4
+    )
+
+
+def test_sparsemax_is_linear_where_all_are_present_and_zero_where_not():
+    logits = jnp.array([[0.3, 0.5, 0.1], [2.0, 0.0, 1.5]])
+    expected = [[1 / 3, 8 / 15, 2 / 15], [0.75, 0, 0.25]]
+    np.testing.assert_allclose(sparsemax(logits), expected, rtol=1e-6)
+    check_grads(sparsemax, (logits,), order=1, modes=["fwd", "rev"], rtol=1e-2)
+
+
+def test_head_with_sparsemax():
+    inputs, mask = bags()
+    model = HistNetQ(
+        MLP((8,), 7),
+        archs.LinearHistogram(4),
+        PrevalenceHead((8,), 3, output_activation="sparsemax"),
+    )
+    f = set_function(model, inputs)
+    contracts.assert_permutation_invariant(f, inputs, mask, key=jax.random.key(0))
+    contracts.assert_padding_invariant(f, inputs, mask)
+    head = PrevalenceHead((), 3, output_activation="sparsemax")
+    weights = {"MLP_0": {"Dense_0": {"kernel": 9 * jnp.eye(3), "bias": jnp.zeros(3)}}}
+    answer = head.apply({"params": weights}, jnp.array([[1.0, 0.0, 0.0]]))
+    np.testing.assert_array_equal(answer, [[1, 0, 0]])
+
+
 def test_wrong_arguments_are_named():
+    head = PrevalenceHead((), 3, output_activation="relu")
+    with pytest.raises(ValueError, match="softmax, sparsemax, not 'relu'"):
+        head.init(jax.random.key(0), jnp.zeros((1, 2)))
     model = network(archs.LinearHistogram(4))
     with pytest.raises(ValueError, match=r"inputs must .*\(3, 2\)"):
         model.init(jax.random.key(0), jnp.zeros((3, 2)))
