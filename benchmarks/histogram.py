@@ -218,12 +218,13 @@ def step_torch(kind, name, runs):
         model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY
     )
 
-    def run():
-        nn.functional.l1_loss(model(inputs), prevalence).backward()
+    def run(num_bags=None):
+        loss = nn.functional.l1_loss(model(inputs[:num_bags]), prevalence[:num_bags])
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    run()  # makes the optimizer's state
+    run(1)  # makes the optimizer's state, without the memory of a step
     return measure(run, runs)
 
 

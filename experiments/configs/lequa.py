@@ -17,8 +17,7 @@ this departs from the published code:
 - The first ten epochs learn from absolute errors: relative ones from the start make a
   SetTransformer answer a constant.
 - SetTransformer's linear layer to 512 features a seed is left out, as the head's
-  first layer is linear in the same features. Its attention blocks are the paper's,
-  with layer normalisation.
+  first layer is linear in the same features.
 - GMNet was published with bags of labelled documents among its bags; here too it
   learns from the given bags alone.
 - `config.task.mixer="exact"` mixes without noise in the labels, and
@@ -104,6 +103,8 @@ def get_config(variant: str = "histnetq_t1a") -> ConfigDict:
             num_inducing_points=32 if binary else 128,
             num_seeds=NUM_CLASSES[task],
             num_decoder_layers=2,
+            block="official",
+            normalization=None,
             head=head,
         )
     else:

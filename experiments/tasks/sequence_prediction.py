@@ -171,7 +171,6 @@ class SequencePrediction(objectives.ObjectiveTask):
         """
 
         @jax.jit
-        @jax.jit
         def predict(state, batch):
             return answers(
                 self.model.apply(state.variables, batch["inputs"], batch["lengths"])
