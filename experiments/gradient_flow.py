@@ -41,6 +41,7 @@ HIDDEN_SIZE = 64
 INPUT_SCALE = 0.1
 SHOWN_LAGS = (1, 10, 50, 100)
 LINEAR = "linear: gain^(T-t)"
+FILE = "gradient_flow.png"
 
 
 def jacobian_norms(
@@ -144,7 +145,7 @@ def table(curves: Mapping, exact: Mapping) -> list[dict]:
 
 
 def main() -> int:
-    """Writes `report.html` and prints its table."""
+    """Writes `report.html` and the picture, and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, type=Path, help="folder to write to")
     parser.add_argument("--seeds", type=int, default=10)
@@ -152,6 +153,8 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     curves, exact = measure(options.seeds), linear()
     rows = table(curves, exact)
+    figure = figures.gradient_flow(curves, exact, LINEAR)
+    figure.savefig(options.output / FILE, dpi=200, facecolor="white")
     section = Section(
         title="Vanishing and exploding gradients",
         text="How strongly the state at step T depends on that at step t: the root "
@@ -161,7 +164,7 @@ def main() -> int:
         f"inputs are normal with standard deviation {INPUT_SCALE:g}. Lines are medians "
         f"of {options.seeds} seeds, bands their range. Dashed: without activation and "
         "gates it is gain^(T-t).",
-        figure=figures.gradient_flow(curves, exact, LINEAR),
+        figure=figure,
         table=rows,
         alt="Norm of the Jacobian by the number of steps, three cells and three gains",
     )
