@@ -341,7 +341,8 @@ def _average(weights, values):
 class AdditiveAttention(nn.Module):
     """Additive attention: weights `softmax_k(v' tanh(W q + U x_k + b))` of keys x_k.
 
-    The context is the average of the keys themselves. Bahdanau et al. 2015.
+    The context is the average of the keys themselves. Bahdanau et al. 2015. The memory
+    of several queries at once is that of [batch, time, source, hidden_size].
 
     Attributes:
       hidden_size: the width of what tanh is taken of.

@@ -401,6 +401,9 @@ class TransformerDecoder(nn.Module):
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Several steps at once.
 
+        Attention weights [batch, num_heads, time, max_length] of a layer are formed at
+        once; a long prompt can come in pieces.
+
         Args:
           cache: what `init_cache`, this method or `decode_step` returned.
           inputs: integers [batch, time], or floating [batch, time, feature]: the steps

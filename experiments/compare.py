@@ -2,8 +2,10 @@
 
     python -m experiments.compare --dataset=digits --workdir=/tmp/compare
 
-Each run is `run.py` with `configs/quantify.py` and the overrides of `MODELS`; the seed
-sets the split of the dataset, the initial weights and the batches. The classical
+Each run is `run.py` with `configs/quantify.py` and the overrides of `MODELS`. Rows whose
+name ends in "sparsemax" have the head and the mixtures of that config, the others the
+published softmax and mixtures of nearly the prevalences drawn. The seed sets the split
+of the dataset, the initial weights and the batches. The classical
 methods use a classifier of the same encoder and are trained once a seed. Runs that are
 complete in the workdir are not repeated.
 """
@@ -49,6 +51,10 @@ MODELS: dict[str, tuple[str, Mapping]] = {
     "DeepSets, max": ("deepsets", _aggregation("max")),
     "GMNet": ("gmnet", {}),
     "SetTransformer": ("set_transformer", {}),
+    "HistNetQ, linear binning, sparsemax": ("histnetq", {}),
+    "DeepSets, mean, sparsemax": ("deepsets", {}),
+    "GMNet, sparsemax": ("gmnet", {}),
+    "SetTransformer, sparsemax": ("set_transformer", {}),
     "HistNetQ, linear binning, bags as drawn": ("histnetq", {}),
     "HistNetQ, hard binning, bags as drawn": (
         "histnetq",
@@ -66,7 +72,13 @@ def overrides_of(row: str, dataset: str) -> dict:
     median of images learn from 16 mixtures a step instead of 64: theirs cost more than
     a product of matrices.
     """
-    overrides = dict(MODELS[row][1])
+    variant, overrides = MODELS[row]
+    if not row.endswith("sparsemax"):
+        head = "rho" if variant == "deepsets" else "head"
+        overrides = overrides | {
+            f"config.model.{head}.output_activation": "softmax",
+            "config.task.mixture_sharpness": 1.0,
+        }
     if row.endswith("as drawn"):
         overrides |= {
             "config.task.num_bags": 20,

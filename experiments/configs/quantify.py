@@ -35,28 +35,30 @@ def get_config(variant: str = "histnetq_digits") -> ConfigDict:
         num_bags=256,
         bag_size=1,
         mixed_bags=64,
+        mixture_sharpness=5.0,
         evaluation_bag_size=500 if dataset in IMAGES else 100,
+    )
+    head = dict(
+        name="PrevalenceHead", hidden_sizes=(256,), output_activation="sparsemax"
     )
     config.optimizer = dict(
         name="adamw", learning_rate=1e-3, schedule="cosine", ema_decay=0.99
     )
     if dataset in IMAGES:
         encoder = dict(name="CNN", channels=(16, 32), features=256)
-        head = dict(name="PrevalenceHead", hidden_sizes=(512,))
+        head.update(hidden_sizes=(512,))
         config.task.num_bags = 128
         config.training = dict(num_steps=1200, steps_per_call=10, eval_every=400)
         # Three times the rate, which without warm-up ends in a constant answer.
         config.optimizer.update(learning_rate=3e-3, warmup_steps=100, clip_norm=0.05)
     elif dataset == SENTENCES:
         encoder = _reader()
-        head = dict(name="PrevalenceHead", hidden_sizes=(256,))
         config.training = dict(num_steps=1500, steps_per_call=10, eval_every=150)
         config.optimizer.update(warmup_steps=100, clip_norm=1.0)
     else:
         encoder = dict(
             name="MLP", hidden_sizes=(512, 512), features=64, dropout_rate=0.3
         )
-        head = dict(name="PrevalenceHead", hidden_sizes=(256,))
         config.training = dict(num_steps=4000, steps_per_call=50, eval_every=500)
         config.training.log_every = 500
     if model == "histnetq":
