@@ -52,7 +52,11 @@ HISTNETQ = {
         "dropout_rate": 0.3,
     },
     "histogram": {"name": "LinearHistogram", "num_bins": 16},
-    "head": {"name": "PrevalenceHead", "hidden_sizes": (256,)},
+    "head": {
+        "name": "PrevalenceHead",
+        "hidden_sizes": (256,),
+        "output_activation": "sparsemax",
+    },
 }
 
 

@@ -35,7 +35,6 @@ def get_config(variant: str = "histnetq_digits") -> ConfigDict:
         num_bags=256,
         bag_size=1,
         mixed_bags=64,
-        mixture_sharpness=5.0,
         evaluation_bag_size=500 if dataset in IMAGES else 100,
     )
     head = dict(

@@ -80,8 +80,8 @@ class Quantification(PrevalenceTask):
       evaluation_bag_size: examples a bag of validation and test; None: `bag_size`.
       mixed_bags: mixtures a step, aimed at prevalences by `protocol`; 0: the step
         learns from the bags as they are.
-      mixture_sharpness: 1 or more; some mixtures are made of few examples, see
-        `data.samplers.mixture_weights`.
+      mixture_sharpness: 1 or more; the larger, the fewer examples or bags have most of
+        the weight of some mixtures, see `data.samplers.mixture_weights`.
       remembered_bags: bags of `evaluation_bag_size` examples a step besides, drawn from
         the whole train split: of what φ said, with its dropout, of each example when
         it last came (zeros before it first does), so that they cost the head alone and
@@ -114,7 +114,7 @@ class Quantification(PrevalenceTask):
     evaluation_bag_size: int | None = None
     replace: bool = True
     mixed_bags: int = 0
-    mixture_sharpness: float = 1.0
+    mixture_sharpness: float = 5.0
     remembered_bags: int = 0
     warmup_loss: str = "absolute_error"
     warmup_steps: int = 0
