@@ -15,6 +15,7 @@ from archs import (
     LinearHistogram,
     PowerMean,
     PrevalenceHead,
+    SetTransformer,
     apply_in_chunks,
     apply_sharded,
 )
@@ -40,6 +41,8 @@ MODELS = {
         hidden_sizes=(6,),
     ),
 }
+# Elements that attend to each other do not add up.
+ATTENTIVE = SetTransformer(MLP((), 3), hidden_size=4, num_heads=2, num_layers=1)
 
 
 def network(name):
@@ -116,6 +119,7 @@ def test_one_program_serves_all_chunks_and_calls():
     ("model", "chunks", "chunk_size", "sentence"),
     [
         (MLP((), 2), [np.ones((3, 5))], 8, "MLP has none"),
+        (ATTENTIVE, [np.ones((3, 5), "f")], 8, "SetTransformer has none"),
         (MODELS["mean"], [], 8, "chunks must hold"),
         (MODELS["mean"], [np.ones((3, 5), "f")], 0, "chunk_size must be 1 or more"),
         (
@@ -133,8 +137,8 @@ def test_one_program_serves_all_chunks_and_calls():
     ],
 )
 def test_what_cannot_be_chunked_is_named(model, chunks, chunk_size, sentence):
-    inputs = np.ones((1, 3, 5) if isinstance(model, DeepSets) else (3, 5), "f")
-    variables = model.init(jax.random.key(0), inputs)
+    inputs = np.ones((3, 5) if isinstance(model, MLP) else (1, 3, 5), "f")
+    variables = jax.jit(model.init)(jax.random.key(0), inputs)
     with pytest.raises(ValueError, match=sentence):
         apply_in_chunks(model, variables, chunks, chunk_size=chunk_size)
 
@@ -146,35 +150,57 @@ def test_an_axis_the_mesh_does_not_have_is_named():
         apply_sharded(model, variables, x[None], mesh=mesh)
 
 
+def test_elements_that_attend_to_each_other_are_not_spread():
+    mesh = jax.make_mesh((1,), ("element",))
+    with pytest.raises(ValueError, match="adds up, but SetTransformer has none"):
+        apply_sharded(ATTENTIVE, {}, np.ones((1, 3, 5), "f"), mesh=mesh)
+
+
 # Runs in a process of its own, since the number of devices is fixed at the start.
 ON_EIGHT_DEVICES = """
+from functools import partial
+
 import jax, jax.numpy as jnp, numpy as np
-from archs import MLP, DeepSets, HistNetQ, LinearHistogram, PrevalenceHead
-from archs import apply_sharded
+from archs import MLP, DeepSets, GMNet, HistNetQ, LinearHistogram, PowerMean
+from archs import PrevalenceHead, apply_sharded
 
 assert len(jax.devices()) == 8
 mesh = jax.make_mesh((8,), ("element",))
 deepsets = DeepSets(MLP((8,), 7), MLP((8,), 3), ("mean", "sum", "max", "logsumexp"))
 histnetq = HistNetQ(MLP((8,), 7), LinearHistogram(4), PrevalenceHead((8,), 3))
+power_mean = DeepSets(MLP((8,), 7), MLP((8,), 3), PowerMean(2.0))
+gmnet = GMNet(
+    PrevalenceHead((8,), 3),
+    num_spaces=2,
+    num_gaussians=4,
+    latent_size=2,
+    hidden_sizes=(6,),
+)
 x = jax.random.normal(jax.random.key(0), (3, 21, 5))
 # The second bag is empty, and so are most devices for the third.
 mask = jnp.arange(21) < jnp.array([[21], [0], [3]])
 weights = jax.random.uniform(jax.random.key(1), (3, 21), maxval=3)
-for model in (deepsets, histnetq):
+for model in (deepsets, histnetq, power_mean, gmnet):
     variables = jax.jit(model.init)(jax.random.key(2), x)
     whole = jax.jit(model.apply)
-    for args in ((), (mask,), (mask, weights)):
+
+    @partial(jax.jit, static_argnums=1)
+    @partial(jax.grad, has_aux=True)
+    def gradient(variables, apply):
+        out = apply(variables, x, mask, weights)
+        return jnp.sum(jnp.sin(3 * out)), out
+
+    sharded, found = gradient(variables, partial(apply_sharded, model, mesh=mesh))
+    plain, expected = gradient(variables, model.apply)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    for one, other in zip(*map(jax.tree.leaves, (sharded, plain)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    if model in (power_mean, gmnet):
+        continue  # The rest is compiled for two networks only, to save time.
+    for args in ((), (mask,)):
         expected = whole(variables, x, *args)
         found = apply_sharded(model, variables, x, *args, mesh=mesh)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-
-    def loss(variables, apply):
-        return jnp.sum(jnp.sin(3 * apply(variables, x, mask, weights)))
-
-    sharded = jax.grad(loss)(variables, lambda *a: apply_sharded(model, *a, mesh=mesh))
-    plain = jax.grad(loss)(variables, whole)
-    for one, other in zip(*map(jax.tree.leaves, (sharded, plain)), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
     # A bag that is spread over the devices already.
     by_element = jax.NamedSharding(mesh, jax.P(None, "element"))

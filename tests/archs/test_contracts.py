@@ -1,5 +1,8 @@
 """The contracts hold for what keeps them and catch what breaks them."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,6 +238,105 @@ def test_an_order_is_seen(f, with_mask):
         contracts.assert_permutation_invariant(
             f, inputs, mask if with_mask else None, key=KEY
         )
+
+
+def mean_over_orders(orders):
+    """Janossy pooling: a recurrent network that reads the elements in given orders."""
+
+    @jax.jit
+    def f(x, mask):
+        real = jnp.ones(x.shape[:2], bool) if mask is None else mask
+
+        def step(state, i):
+            new = jnp.tanh(0.5 * state + x[:, i])
+            return jnp.where(real[:, i, None], new, state), None
+
+        def last_state(order):
+            return jax.lax.scan(step, jnp.zeros_like(x[:, 0]), order)[0]
+
+        return jax.vmap(last_state)(orders).mean(0)
+
+    return f
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_mean_over_some_of_the_orders_is_seen(with_mask):
+    inputs, mask = bags()
+    mask = mask if with_mask else None
+    orders = np.random.default_rng(0).permutation([*itertools.permutations(range(5))])
+
+    def check(count):
+        f = mean_over_orders(orders[:count])
+        contracts.assert_permutation_invariant(f, inputs, mask, key=KEY)
+
+    check(120)  # all there are
+    for count in (1, 4, 60):
+        with pytest.raises(AssertionError, match="permutation invariance is violated"):
+            check(count)
+
+
+SLOTS = jnp.array([[1.0, 0.0], [0.0, 2.0], [-1.0, 1.0]])
+
+
+def slot_attention(
+    x, mask, *, slots=SLOTS, mask_logits=False, renormalise=True, epsilon=1e-8
+):
+    # The softmax is over the slots, which are the queries, and not over the elements.
+    x = real(x, mask)
+    logits = jnp.einsum("sd,bed->bse", slots, x)
+    mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+    if mask_logits:
+        logits = jnp.where(mask[:, None], logits, jnp.finfo(x.dtype).min)
+    attention = jax.nn.softmax(logits, axis=1)
+    if not mask_logits:
+        attention = jnp.where(mask[:, None], attention, 0)
+    if renormalise:
+        attention /= attention.sum(-1, keepdims=True) + epsilon
+    return jnp.einsum("bse,bed->bsd", attention, x)
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "sentence"),
+    [
+        # Every element spreads a mass of one over the slots, so copies add up.
+        (
+            {"renormalise": False},
+            lambda f: contracts.assert_duplication(f, *bags()),
+            r"duplication \(factor 1\) is violated",
+        ),
+        # Equally low logits of padding for all slots are equal shares, not zeros.
+        (
+            {"mask_logits": True},
+            lambda f: contracts.assert_padding_invariant(f, *bags()),
+            r"padding invariance \(padding of 0\) is violated",
+        ),
+        (
+            {"epsilon": 0.0},
+            lambda f: contracts.assert_finite_on_empty_set(f, bags()[0]),
+            "finite output on the empty set is violated: .* is nan",
+        ),
+    ],
+    ids=["not renormalised", "masked logits", "no epsilon"],
+)
+def test_slots_that_compete_for_elements_wrongly_are_seen(fault, check, sentence):
+    check(slot_attention)
+    with pytest.raises(AssertionError, match=sentence):
+        check(functools.partial(slot_attention, **fault))
+
+
+def test_slots_drawn_anew_at_each_call_are_seen():
+    inputs, mask = bags()
+    keys = iter(jax.random.split(KEY, 20))
+
+    def check(key):
+        def f(x, mask):
+            return slot_attention(x, mask, slots=jax.random.normal(key(), (3, 2)))
+
+        contracts.assert_permutation_invariant(f, inputs, mask, key=KEY)
+
+    check(lambda: KEY)
+    with pytest.raises(AssertionError, match="permutation invariance is violated"):
+        check(lambda: next(keys))
 
 
 def test_each_bag_has_its_own_permutation():

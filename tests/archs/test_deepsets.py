@@ -58,6 +58,18 @@ def test_permutation_invariance_without_a_mask():
     np.testing.assert_allclose(f(inputs, full), f(inputs, None), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("aggregation", [NAMES, PowerMean()])
+def test_a_thousand_elements_come_in_any_order(aggregation, wide):
+    with jax.enable_x64(wide):
+        inputs, mask = bags((3, 1000, 5))
+        f = set_function(DeepSets(MLP((8,), 7), MLP((8,), 3), aggregation), inputs)
+        assert f(inputs, mask).dtype == (jnp.float64 if wide else jnp.float32)
+        contracts.assert_permutation_invariant(
+            f, inputs, mask, key=jax.random.key(0), rtol=1e-12 if wide else 1e-5
+        )
+
+
 def test_contracts_with_images():
     inputs, mask = bags((3, 4, 8, 8, 1))
     f = set_function(DeepSets(CNN((2, 3), 6), PrevalenceHead((8,), 3)), inputs)
@@ -193,18 +205,22 @@ def test_gradients_in_float64_are_those_of_finite_differences(aggregation):
         contracts.assert_permutation_invariant(f, inputs, mask, key=jax.random.key(0))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("aggregation", ["mean", "median", NAMES])
-def test_bfloat16(aggregation):
+def test_half_precision(aggregation, dtype):
     inputs, mask = bags()
-    model = DeepSets(
-        MLP((8,), 7, dtype=jnp.bfloat16),
-        PrevalenceHead((8,), 3, dtype=jnp.bfloat16),
-        aggregation,
-    )
-    f = set_function(model, inputs)
-    out = f(inputs.astype(jnp.bfloat16), mask)
+
+    def network(dtype):
+        head = PrevalenceHead((8,), 3, dtype=dtype)
+        model = DeepSets(MLP((8,), 7, dtype=dtype), head, aggregation)
+        return set_function(model, inputs)
+
+    f = network(dtype)
+    out = f(inputs.astype(dtype), mask)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out.sum(-1), 1, rtol=1e-6)
+    wide, rtol = network(None)(inputs, mask), float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(out, wide, rtol=rtol)
     contracts.assert_permutation_invariant(
         f, inputs, mask, key=jax.random.key(0), rtol=2e-2
     )

@@ -178,6 +178,17 @@ def test_contracts():
     contracts.assert_weights_are_multiplicities(f, inputs, mask, key=jax.random.key(0))
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+def test_a_thousand_elements_come_in_any_order(wide):
+    f = set_function(network())
+    with jax.enable_x64(wide):
+        inputs, mask = bags((3, 1000, 5))
+        assert f(inputs, mask).dtype == (jnp.float64 if wide else jnp.float32)
+        contracts.assert_permutation_invariant(
+            f, inputs, mask, key=jax.random.key(0), rtol=1e-12 if wide else 1e-5
+        )
+
+
 def test_call_is_its_methods_and_parts_are_merged():
     inputs, mask = bags()
     model = network()
@@ -297,12 +308,13 @@ def test_dropout_acts_only_in_training():
     )
 
 
-def test_bfloat16():
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype):
     inputs, mask = bags()
-    model = network(dtype=jnp.bfloat16)
-    out = set_function(model)(inputs.astype(jnp.bfloat16), mask)
+    out = set_function(network(dtype=dtype))(inputs.astype(dtype), mask)
     assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, set_function(network())(inputs, mask), atol=0.05)
+    wide, rtol = set_function(network())(inputs, mask), float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(out, wide, rtol=rtol)
 
 
 def test_parameter_count_of_the_published_network():

@@ -81,6 +81,17 @@ def test_a_bag_that_holds_all_twice_is_the_same(histogram):
     contracts.assert_duplication(f, inputs, mask)
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+def test_a_thousand_elements_come_in_any_order(wide):
+    with jax.enable_x64(wide):
+        inputs, mask = bags((3, 1000, 5))
+        f = set_function(network(archs.LinearHistogram(4)), inputs)
+        assert f(inputs, mask).dtype == (jnp.float64 if wide else jnp.float32)
+        contracts.assert_permutation_invariant(
+            f, inputs, mask, key=jax.random.key(0), rtol=1e-12 if wide else 1e-5
+        )
+
+
 def test_contracts_with_images():
     inputs, mask = bags((3, 4, 8, 8, 1))
     model = HistNetQ(CNN((2, 3), 6), archs.LinearHistogram(4), PrevalenceHead((), 3))
@@ -198,13 +209,16 @@ def test_learns_prevalences_from_bags_without_labels(histogram):
     assert error(params, test) < 0.08
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("histogram", HISTOGRAMS, ids=lambda h: type(h).__name__)
-def test_bfloat16(histogram):
+def test_half_precision(histogram, dtype):
     inputs, mask = bags()
-    model = network(histogram, dtype=jnp.bfloat16)
-    out = set_function(model, inputs)(inputs.astype(jnp.bfloat16), mask)
+    f = set_function(network(histogram, dtype=dtype), inputs)
+    out = f(inputs.astype(dtype), mask)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out.sum(-1), 1, rtol=1e-6)
+    wide = set_function(network(histogram), inputs)(inputs, mask)
+    np.testing.assert_allclose(out, wide, rtol=float(jnp.finfo(dtype).eps))
 
 
 def test_dropout_acts_only_in_training():

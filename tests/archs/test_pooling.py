@@ -399,13 +399,38 @@ def test_finite_for_no_single_and_equal_elements(name, elements):
         assert not np.any(out)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", NAMES)
-def test_half_precision_accumulates_in_float32(name):
-    x = jnp.ones((1, 4096, 1), jnp.bfloat16)
+def test_half_precision_accumulates_in_float32(name, dtype):
+    x = jnp.ones((1, 4096, 1), dtype)
     out = pooling.aggregate(x, None, name)
-    assert out.dtype == jnp.bfloat16
+    assert out.dtype == dtype
     expected = REFERENCES[name](np.ones((4096, 1), np.float32))
     np.testing.assert_allclose(np.float32(out[0]), expected, rtol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "name",
+    [*NAMES, pooling.PowerMean(), pooling.Quantiles()],
+    ids=[*map(str, NAMES), "PowerMean", "Quantiles"],
+)
+def test_half_precision_rounds_nothing_but_the_answer(name, dtype):
+    if isinstance(name, pooling.PowerMean):
+        name = name.bind({"params": {"exponent": jnp.array([-2.0, 3.0])}})
+    elif isinstance(name, pooling.Quantiles):
+        name = name.bind({})
+    x = (3 + jax.random.normal(jax.random.key(0), (3, 3000, 2))).astype(dtype)
+    mask = jnp.arange(3000) < jnp.array([[3000], [7], [0]])
+    x = jnp.where(mask[..., None], x, jnp.nan)
+    weights = jax.random.uniform(jax.random.key(1), mask.shape, maxval=2).astype(dtype)
+
+    pool = jax.jit(lambda x, weights: pooling.aggregate(x, mask, name, weights))
+    found = pool(x, weights)
+    expected = pool(x.astype(jnp.float32), weights.astype(jnp.float32))
+    assert found.dtype == dtype and np.isfinite(expected).all()
+    rtol = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float32(found), expected, rtol=rtol)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -81,6 +81,18 @@ def test_weights_are_multiplicities(kind):
     contracts.assert_weights_are_multiplicities(f, inputs, mask, key=jax.random.key(0))
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("points", [3, None], ids=["ISAB", "SAB"])
+def test_a_thousand_elements_come_in_any_order(points, wide):
+    with jax.enable_x64(wide):
+        inputs, mask = bags((3, 1000, 5))
+        f = set_function(network(num_inducing_points=points), inputs)
+        assert f(inputs, mask).dtype == (jnp.float64 if wide else jnp.float32)
+        contracts.assert_permutation_invariant(
+            f, inputs, mask, key=jax.random.key(0), rtol=1e-12 if wide else 1e-5
+        )
+
+
 def test_contracts_where_logits_are_computed_by_blocks(monkeypatch):
     monkeypatch.setattr("archs.attention._CPU_BLOCK", 4)
     inputs, mask = bags((3, 6, 5))
