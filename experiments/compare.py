@@ -2,8 +2,8 @@
 
     python -m experiments.compare --dataset=digits --workdir=/tmp/compare
 
-Each run is `run.py` with `configs/quantify.py` and the overrides of `MODELS`. Rows whose
-name ends in "sparsemax" have the head and the mixtures of that config, the others the
+Each run is `run.py` with `configs/quantify.py` and the overrides of `MODELS`. Rows that
+end in "sparsemax" have the head and the mixtures of that config, the others the
 published softmax and mixtures of nearly the prevalences drawn. The seed sets the split
 of the dataset, the initial weights and the batches. The classical
 methods use a classifier of the same encoder and are trained once a seed. Runs that are
