@@ -34,13 +34,19 @@ def sparsemax(logits: jax.Array) -> jax.Array:
     absent, `p_k = 0` exactly. Martins and Astudillo, "From softmax to sparsemax", ICML
     2016.
 
+    The gradient is that of `z - mean(z)` everywhere: the exact one where all classes
+    are present. Elsewhere the exact one is zero for the absent classes, and a class that
+    is absent from all answers would never be learned.
+
     Args:
       logits: z, floating [..., K].
 
     Returns:
       Of the shape and dtype of the logits.
     """
-    return jnp.vectorize(projection_simplex, signature="(k)->(k)")(logits)
+    p = jnp.vectorize(projection_simplex, signature="(k)->(k)")(logits)
+    centred = logits - logits.mean(-1, keepdims=True)
+    return centred + jax.lax.stop_gradient(p - centred)
 
 
 OUTPUT_ACTIVATIONS = {"softmax": nn.softmax, "sparsemax": sparsemax}
@@ -57,7 +63,7 @@ class PrevalenceHead(nn.Module):
       num_classes: K.
       dropout_rate: applied after each hidden layer when `train`.
       output_activation: `softmax`, as published, or `sparsemax`, which answers absent
-        classes with zero; a class that an answer leaves out gets no gradient from it.
+        classes with zero.
       dtype: compute dtype of the dense layers; the activation is float32 at least.
 
     Raises:

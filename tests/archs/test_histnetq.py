@@ -285,8 +285,11 @@ def test_sparsemax_is_the_nearest_point_of_the_simplex(logits):
 def test_sparsemax_is_linear_where_all_are_present_and_zero_where_not():
     logits = jnp.array([[0.3, 0.5, 0.1], [2.0, 0.0, 1.5]])
     expected = [[1 / 3, 8 / 15, 2 / 15], [0.75, 0, 0.25]]
-    np.testing.assert_allclose(sparsemax(logits), expected, rtol=1e-6)
-    check_grads(sparsemax, (logits,), order=1, modes=["fwd", "rev"], rtol=1e-2)
+    np.testing.assert_allclose(sparsemax(logits), expected, rtol=1e-6, atol=1e-7)
+    check_grads(sparsemax, (logits[0],), order=1, modes=["fwd", "rev"], rtol=1e-2)
+    # What is absent can come back.
+    jacobian = jax.jacobian(sparsemax)(logits[1])
+    np.testing.assert_allclose(jacobian, np.eye(3) - 1 / 3, rtol=1e-6)
 
 
 def test_head_with_sparsemax():
