@@ -18,11 +18,10 @@ An epoch encodes 250,000 images. `--config.training.num_steps=5000` stops after 
 `histnetq_mixtures` has the same images, validation and test bags, but learns in our
 way: convolutions with more channels and smaller kernels, linear binning, 512 single
 images a step that serve 64 exact mixtures of uniform prevalences, 32 bags of 500 a step
-of what the encoder last said of the images, which teach the head, sparsemax instead of
-softmax, and a learning rate of 3e-3 that falls to zero. For `rae`, some mixtures are of
-few images, and absolute errors come first. A run encodes three million images. (Images
-shifted and mirrored, `--config.task.max_shift=2 --config.task.flip=True`, were learned
-more slowly.)
+of what the encoder last said of the images, which teach the head, and a learning rate
+of 3e-3 that falls to zero. For `rae`, some mixtures are of few images, and absolute
+errors come first. A run encodes three million images. (Images shifted and mirrored,
+`--config.task.max_shift=2 --config.task.flip=True`, were learned more slowly.)
 """
 
 from ml_collections import ConfigDict
@@ -97,11 +96,7 @@ def get_config(variant: str = "histnetq_ae") -> ConfigDict:
             name="HistNetQ",
             encoder=dict(name="CNN", channels=(32, 64), kernel_size=3, features=256),
             histogram=dict(name="LinearHistogram", num_bins=16),
-            head=dict(
-                name="PrevalenceHead",
-                hidden_sizes=(512,),
-                output_activation="sparsemax",
-            ),
+            head=dict(name="PrevalenceHead", hidden_sizes=(512,)),
         )
         config.task.update(
             num_bags=512,
