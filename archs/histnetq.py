@@ -35,8 +35,8 @@ def sparsemax(logits: jax.Array) -> jax.Array:
     2016.
 
     The gradient is that of `z - mean(z)` everywhere: the exact one where all classes
-    are present. Elsewhere the exact one is zero for the absent classes, and a class that
-    is absent from all answers would never be learned.
+    are present. Elsewhere the exact one is zero for the absent classes, and a class
+    absent from all answers would never be learned again.
 
     Args:
       logits: z, floating [..., K].

@@ -174,9 +174,14 @@ def test_every_parameter_receives_a_gradient(histogram):
         assert np.any(leaf), path
 
 
-@pytest.mark.parametrize("histogram", HISTOGRAMS[:2], ids=["linear", "hard"])
-def test_learns_prevalences_from_bags_without_labels(histogram):
-    model = HistNetQ(MLP((8,), 4), histogram, PrevalenceHead((16,), 2))
+@pytest.mark.parametrize(
+    ("histogram", "activation"),
+    [(0, "softmax"), (1, "softmax"), (0, "sparsemax")],
+    ids=["linear", "hard", "linear, sparsemax"],
+)
+def test_learns_prevalences_from_bags_without_labels(histogram, activation):
+    head = PrevalenceHead((16,), 2, output_activation=activation)
+    model = HistNetQ(MLP((8,), 4), HISTOGRAMS[histogram], head)
     optimizer = optax.adam(1e-2)
 
     def bags(key, num_bags=32, bag_size=64):
@@ -290,6 +295,19 @@ def test_sparsemax_is_linear_where_all_are_present_and_zero_where_not():
     # What is absent can come back.
     jacobian = jax.jacobian(sparsemax)(logits[1])
     np.testing.assert_allclose(jacobian, np.eye(3) - 1 / 3, rtol=1e-6)
+
+
+def test_a_class_that_sparsemax_leaves_out_is_learned_again():
+    target = jnp.array([0.2, 0.3, 0.5])
+    logits = jnp.array([5.0, 0.0, -3.0])
+    np.testing.assert_array_equal(sparsemax(logits), [1, 0, 0])
+
+    def step(logits, rate):
+        error = jax.grad(lambda z: absolute_error(target, sparsemax(z)))(logits)
+        return logits - rate * error, None
+
+    learned, _ = jax.lax.scan(step, logits, jnp.linspace(0.1, 0, 500))
+    np.testing.assert_allclose(sparsemax(learned), target, atol=0.01)
 
 
 def test_head_with_sparsemax():
