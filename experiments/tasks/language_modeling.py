@@ -51,7 +51,8 @@ class LanguageModeling(supervised.SupervisedTask):
       carry_state: see above.
       context: see above; None: `window` with `carry_state`, half of it without.
       evaluation_batch: pieces that are evaluated at once.
-      sample_length: tokens of the samples in the report.
+      sample_length: tokens of the samples in the report, after the first tokens of the
+        test split.
       temperatures: of the samples in the report.
     """
 

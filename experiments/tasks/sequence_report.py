@@ -19,6 +19,7 @@ from experiments.tasks.sequence_batches import answers
 
 SHOWN_SEQUENCES = 8
 SHOWN_STEPS = 60
+PROMPT_LENGTH = 32
 
 
 def sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Section]:
@@ -157,22 +158,26 @@ def language_sections(task: Any, state: Any, workdir: Path, seed: int) -> list[S
     """
     variables, model = task.variables(state), task.model
     length = task.sample_length
-    # A text begins as the test split does.
-    first = jnp.asarray(task.arrays["test"]["stream"][:1])
+    # A text begins as the test split does: a state knows little after one token.
+    prompt = jnp.asarray(task.arrays["test"]["stream"][:PROMPT_LENGTH])
 
     @jax.jit
     def write(variables, key, temperature):
         if task.carry_state:
-            cache = model.apply(variables, 1, length, method="init_cache")
+            steps = len(prompt) + length
+            cache = model.apply(variables, 1, steps, method="init_cache")
 
             def step(cache, tokens):
                 return model.apply(variables, cache, tokens, method="decode_step")
         else:
             cache = window_cache(1, task.window)
             step = window_step(lambda *read: answers(model.apply(variables, *read)))
+        cache, _ = jax.lax.scan(
+            lambda cache, token: (step(cache, token[None])[1], None), cache, prompt[:-1]
+        )
         # No token of a stream ends it.
         tokens, _, _ = sample(
-            step, cache, first, length, -1, key, temperature=temperature
+            step, cache, prompt[-1:], length, -1, key, temperature=temperature
         )
         return tokens[0]
 
@@ -180,7 +185,7 @@ def language_sections(task: Any, state: Any, workdir: Path, seed: int) -> list[S
     for number, temperature in enumerate(task.temperatures):
         key = jax.random.fold_in(jax.random.key(seed), number)
         tokens = np.asarray(write(variables, key, temperature))
-        text = task.dataset.decode([*np.asarray(first), *tokens])
+        text = task.dataset.decode([*np.asarray(prompt), *tokens])
         rows.append((temperature, text))
     (workdir / "samples.txt").write_text(
         "\n\n".join(f"temperature {t}:\n{text}" for t, text in rows) + "\n"

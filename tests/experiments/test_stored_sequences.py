@@ -170,7 +170,11 @@ def test_shakespeare(model, main, originals, tmp_path):
     ratio = measured["bits_per_token"] / measured["cross_entropy"]
     assert ratio == pytest.approx(1 / np.log(2), rel=1e-4)
     assert "A text at temperature 0.8" in report
-    assert "temperature 1.0:" in (tmp_path / "samples.txt").read_text()
+    told = (tmp_path / "samples.txt").read_text()
+    text = (originals / "input.txt").read_text()
+    prompt = text[int(0.9 * len(text)) :][:32]  # the first of the test split
+    for temperature in (0.5, 0.8, 1.0):
+        assert f"temperature {temperature}:\n{prompt}" in told
 
 
 @pytest.mark.parametrize("model", ["gru", "seq2seq", "transformer"])
