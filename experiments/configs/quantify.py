@@ -6,7 +6,9 @@ films, `config.dataset.source_dir` has sentence_polarity.zip; each sentence is r
 bidirectional GRU). Training encodes `num_bags`
 examples a step and learns from mixtures of them (`mixed_bags`); with
 `config.task.mixed_bags=0`, `config.task.bag_size=100` and `config.task.num_bags=20` it
-learns from bags as drawn. `emqnet` learns from the labels of single examples as well.
+learns from bags as drawn. Heads answer with sparsemax; the published softmax is
+`config.model.head.output_activation="softmax"` (of DeepSets, `config.model.rho...`).
+`emqnet` learns from the labels of single examples as well.
 """
 
 from ml_collections import ConfigDict
