@@ -72,13 +72,12 @@ def overrides_of(row: str, dataset: str) -> dict:
     median of images learn from 16 mixtures a step instead of 64: theirs cost more than
     a product of matrices.
     """
-    variant, overrides = MODELS[row]
+    variant, changed = MODELS[row]
+    overrides = dict(changed)
     if not row.endswith("sparsemax"):
         head = "rho" if variant == "deepsets" else "head"
-        overrides = overrides | {
-            f"config.model.{head}.output_activation": "softmax",
-            "config.task.mixture_sharpness": 1.0,
-        }
+        overrides[f"config.model.{head}.output_activation"] = "softmax"
+        overrides["config.task.mixture_sharpness"] = 1.0
     if row.endswith("as drawn"):
         overrides |= {
             "config.task.num_bags": 20,

@@ -1,4 +1,3 @@
-import hypothesis.extra.numpy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from jax.test_util import check_grads
 
 import archs
@@ -272,11 +272,7 @@ def test_parameter_counts_are_the_published_ones_but_for_the_histogram(
 
 
 @settings(deadline=None)
-@given(
-    hypothesis.extra.numpy.arrays(
-        np.float32, (3, 5), elements=st.floats(-4, 4, width=32)
-    )
-)
+@given(hnp.arrays(np.float32, (3, 5), elements=st.floats(-4, 4, width=32)))
 def test_sparsemax_is_the_nearest_point_of_the_simplex(logits):
     p = np.asarray(sparsemax(jnp.asarray(logits)))
     assert p.min() >= 0
