@@ -12,6 +12,9 @@ import data
 from data import builders, originals
 
 CONTENT = b"Ser, o no ser.\n"
+# Without a fixed time the bytes, and with them pytest's names of the tests, would differ
+# between the processes of pytest-xdist whenever the clock's second changes.
+GZIPPED = gzip.compress(CONTENT, mtime=0)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 FILE = originals.Original("play.txt", SHA256, "https://example.org/raw/input.txt")
 MEMBER = originals.Original(
@@ -30,7 +33,7 @@ def zipped(name="plays/one.txt"):
     ("original", "name", "content"),
     [
         (FILE, "play.txt", CONTENT),
-        (FILE, "play.txt.gz", gzip.compress(CONTENT)),
+        (FILE, "play.txt.gz", GZIPPED),
         (FILE, "input.txt", CONTENT),
         (MEMBER, "plays.zip", zipped()),
         (MEMBER, "one.txt", CONTENT),
@@ -51,7 +54,7 @@ def test_a_file_is_found_in_a_folder_under_any_of_its_names(
     ("original", "name", "content", "reason"),
     [
         (FILE, "play.txt", b"Ser.", "content's sha256 is"),
-        (FILE, "play.txt.gz", gzip.compress(CONTENT)[:-9], "cannot be read"),
+        (FILE, "play.txt.gz", GZIPPED[:-9], "cannot be read"),
         (MEMBER, "plays.zip", zipped("other.txt"), "cannot be read"),
         (MEMBER, "plays.zip", zipped()[:-30], "content's sha256 is"),
     ],
@@ -80,7 +83,7 @@ class Response(io.BytesIO):
 
 
 @pytest.mark.parametrize(
-    ("original", "content"), [(FILE, gzip.compress(CONTENT)), (MEMBER, zipped())]
+    ("original", "content"), [(FILE, GZIPPED), (MEMBER, zipped())]
 )
 def test_a_download_is_kept(original, content, tmp_path, monkeypatch):
     asked = []
