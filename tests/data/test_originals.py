@@ -12,8 +12,8 @@ import data
 from data import builders, originals
 
 CONTENT = b"Ser, o no ser.\n"
-# Without a fixed time the bytes, and with them pytest's names of the tests, would differ
-# between the processes of pytest-xdist whenever the clock's second changes.
+# The time is fixed: pytest names tests by these bytes, and all processes of
+# pytest-xdist must find the same names.
 GZIPPED = gzip.compress(CONTENT, mtime=0)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 FILE = originals.Original("play.txt", SHA256, "https://example.org/raw/input.txt")
@@ -82,9 +82,7 @@ class Response(io.BytesIO):
         yield from iter(lambda: self.read(size), b"")
 
 
-@pytest.mark.parametrize(
-    ("original", "content"), [(FILE, GZIPPED), (MEMBER, zipped())]
-)
+@pytest.mark.parametrize(("original", "content"), [(FILE, GZIPPED), (MEMBER, zipped())])
 def test_a_download_is_kept(original, content, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(
