@@ -120,6 +120,7 @@ from .recurrent import (
     SimpleCell,
     generate,
 )
+from .resnet import ResNet
 from .set_transformer import ISAB, MAB, PMA, SAB, SetNorm, SetTransformer
 from .transformer import (
     Transformer,
@@ -169,6 +170,7 @@ __all__ = [
     "Recurrent",
     "RecurrentEncoderDecoder",
     "RecurrentStack",
+    "ResNet",
     "SAB",
     "SequenceClassifier",
     "SequenceEncoder",

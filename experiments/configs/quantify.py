@@ -8,7 +8,10 @@ examples a step and learns from mixtures of them (`mixed_bags`); with
 `config.task.mixed_bags=0`, `config.task.bag_size=100` and `config.task.num_bags=20` it
 learns from bags as drawn. Heads answer with sparsemax; the published softmax is
 `config.model.head.output_activation="softmax"` (of DeepSets, `config.model.rho...`).
-`emqnet` learns from the labels of single examples as well.
+`emqnet` learns from the labels of single examples as well. Images can be encoded by a
+residual network: `--config.model.encoder.name=ResNet`, with its fields, here
+`--config.model.encoder.stage_sizes="(1,1,1)" --config.model.encoder.width=16
+--config.model.encoder.stem=cifar --config.model.encoder.num_groups=4`.
 """
 
 from ml_collections import ConfigDict
