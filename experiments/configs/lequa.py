@@ -1,4 +1,4 @@
-"""LeQua by bags labelled with prevalences alone: `lequa.py:MODEL_TASK`.
+"""LeQua by bags labelled with prevalences: `lequa.py:MODEL_TASK`.
 
 MODEL is `histnetq`, `deepsets`, `set_transformer` or `gmnet`, TASK one of `t1a`, `t1b`
 (2022), `t1`, `t2`, `t3`, `t4` (2024). The files are read from
@@ -8,8 +8,10 @@ Sizes, rates and schedules are those published with HistNetQ (Pérez-Mon et al. 
 and, for GMNet and for T3, those published with GMNet (González et al. 2025); T4 has
 T1's. An epoch ends in an evaluation; the learning rate is halved after `patience`
 epochs without a better one, and where it would fall below the last one the training
-ends. T3 learns from its 100 training bags, too: 770 bags, and 330 for validation. Where
-this departs from the published code:
+ends. T3 learns from its 100 training bags, too: 770 bags, and 330 for validation. GMNet
+draws half of its bags from the labelled documents (`config.task.labelled_bags`; not of
+T3, whose documents are in its training bags). Where this departs from the published
+code:
 
 - Dropout follows each hidden layer of the encoder, as the paper draws it; the published
   code applies the first one alone. T1A, T1 and T4 have two hidden layers, the others
@@ -18,8 +20,6 @@ this departs from the published code:
   SetTransformer answer a constant.
 - SetTransformer's linear layer to 512 features a seed is left out, as the head's
   first layer is linear in the same features.
-- GMNet was published with bags of labelled documents among its bags; here too it
-  learns from the given bags alone.
 - `config.task.mixer="exact"` mixes without noise in the labels, and
   `config.model.histogram.name="LinearHistogram"` has an exact gradient; both are ours.
 """
@@ -109,6 +109,7 @@ def get_config(variant: str = "histnetq_t1a") -> ConfigDict:
         )
     else:
         config.dataset.standardize = True
+        config.task.labelled_bags = 0 if ordinal else num_bags // 2
         config.model = dict(
             name="GMNet",
             num_spaces=9,

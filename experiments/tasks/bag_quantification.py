@@ -1,4 +1,7 @@
-"""Quantification from bags that are labelled by their prevalences and nothing else."""
+"""Quantification from given bags that are labelled by their prevalences.
+
+The labelled documents that come with some of them can be made into further bags.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import data
-from data.samplers import draw_whole_bags, join_bags, mix_bags, pair_weights
+from data.samplers import (
+    class_table,
+    draw_bags,
+    draw_prevalences,
+    draw_whole_bags,
+    join_bags,
+    mix_bags,
+    pair_weights,
+)
 from experiments.loop import Training
 from experiments.optimizers import Optimizer
 from experiments.report import Section
@@ -51,6 +62,9 @@ class BagQuantification(PrevalenceTask):
         checkpoint.
       measures: measures of `archs.quantification` that evaluation reports besides.
       num_bags: bags a step.
+      labelled_bags: how many of these are drawn from the dataset's labelled documents
+        (of their split "train", with replacement), with prevalences uniform on the
+        simplex.
       mixer: `exact`, `published` or None.
       real_bags: share of the bags (or mixtures) that a mixer leaves as they are. All
         mixtures have middling prevalences, so that few real bags teach little about
@@ -72,6 +86,7 @@ class BagQuantification(PrevalenceTask):
     loss: str = "absolute_error"
     measures: Sequence[str] = ("absolute_error", "relative_absolute_error")
     num_bags: int = 20
+    labelled_bags: int = 0
     mixer: str | None = "exact"
     real_bags: float = 0.5
     mixed_bags: int = 0
@@ -91,7 +106,19 @@ class BagQuantification(PrevalenceTask):
             raise ValueError(
                 f"real_bags must lie between 0 and 1, not {self.real_bags}"
             )
-        supervised.check_not_negative(self, "mixed_bags", "warmup_steps")
+        supervised.check_not_negative(
+            self, "mixed_bags", "warmup_steps", "labelled_bags"
+        )
+        if self.labelled_bags >= self.num_bags:
+            raise ValueError(
+                f"labelled_bags must be fewer than num_bags={self.num_bags}, not "
+                f"{self.labelled_bags}"
+            )
+        if self.labelled_bags and self.dataset.documents is None:
+            raise ValueError(
+                f"labelled_bags must be 0: {self.dataset.spec.name} has no labelled "
+                "documents"
+            )
         self.check_measures()
         check_set_network(self.model)
         if self.mixed_bags and not self._mixes_representations:
@@ -115,6 +142,14 @@ class BagQuantification(PrevalenceTask):
             for name, split in self.dataset.splits.items()
             if "prevalence" in split and not isinstance(split["inputs"], np.memmap)
         }
+        if self.labelled_bags:
+            documents = self.dataset.documents.splits["train"]
+            arrays["documents"] = {
+                "inputs": jnp.asarray(documents["inputs"]),
+                "table": class_table(
+                    documents["labels"], self.dataset.spec.num_classes
+                ),
+            }
         object.__setattr__(self, "arrays", arrays)
 
     @property
@@ -141,26 +176,49 @@ class BagQuantification(PrevalenceTask):
         """Bags to learn from, by the mixer."""
         split = arrays["train"]
         bag_key, mix_key = jax.random.split(jax.random.fold_in(key, step))
-        bags = split["prevalence"], split["sizes"], self.num_bags, self.bag_size
+        num_given = self.num_bags - self.labelled_bags
+        bags = split["prevalence"], split["sizes"], num_given, self.bag_size
         if self.mixer == "published":
             chosen = mix_bags(bag_key, *bags, self.real_bags)
         elif self.mixer == "exact" and not self._mixes_representations:
             chosen = join_bags(bag_key, *bags, self.real_bags)
         else:
             chosen = draw_whole_bags(bag_key, *bags)
-        batch = {
-            "inputs": self._inputs(split["inputs"][chosen.bag, chosen.element]),
-            "prevalence": chosen.prevalence,
-        }
+        inputs, mask = split["inputs"][chosen.bag, chosen.element], chosen.mask
+        prevalence = chosen.prevalence
+        if self.labelled_bags:
+            drawn, exact = self._draw_labelled_bags(
+                jax.random.fold_in(bag_key, 1), arrays["documents"], inputs.shape[1]
+            )
+            inputs = jnp.concatenate([inputs, drawn])
+            prevalence = jnp.concatenate([prevalence, exact])
+            mask = jnp.pad(
+                mask, ((0, self.labelled_bags), (0, 0)), constant_values=True
+            )
+        batch = {"inputs": self._inputs(inputs), "prevalence": prevalence}
         if self._padded:
-            batch["mask"] = chosen.mask
+            batch["mask"] = mask
         if self._mixes_representations:
             num_mixtures = self.mixed_bags or 2 * self.num_bags
             batch["weights"] = pair_weights(
                 mix_key, num_mixtures, self.num_bags, self.real_bags
             )
-            batch["prevalence"] = batch["weights"] @ chosen.prevalence
+            batch["prevalence"] = batch["weights"] @ prevalence
         return batch
+
+    def _draw_labelled_bags(
+        self, key: jax.Array, documents: Mapping, size: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Bags of labelled documents [bag, size, *features], prevalences [bag, K]."""
+        prevalence_key, bag_key = jax.random.split(key)
+        asked = draw_prevalences(
+            prevalence_key,
+            self.labelled_bags,
+            self.dataset.spec.num_classes,
+            protocol="uniform",
+        )
+        indices, prevalence = draw_bags(bag_key, documents["table"], asked, size)
+        return documents["inputs"][indices], prevalence
 
     def _inputs(self, inputs: jax.Array) -> jax.Array:
         return data.normalize(inputs, self.dataset.shift, self.dataset.scale)

@@ -119,6 +119,48 @@ def test_labels_are_exact(mixer, model, real_bags, ragged):
     jax.tree.map(np.testing.assert_array_equal, batch_of(task), batch)
 
 
+def with_documents(dataset, num_documents=40):
+    """`dataset` and documents of the classes 0, 1, 2, each a row of its own."""
+    labels = np.arange(num_documents) % 3
+    inputs = np.stack([labels, 10 + np.arange(num_documents)], -1).astype(np.float32)
+    split = {"inputs": inputs, "labels": labels}
+    documents = data.Dataset(
+        dataset.spec,
+        {"train": split, "validation": split},
+        np.float32(0),
+        np.float32(1),
+    )
+    return dataclasses.replace(dataset, documents=documents)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "model", "size"),
+    [(None, histnetq(), 12), ("exact", deepsets("max"), 24), ("exact", histnetq(), 12)],
+)
+def test_labelled_bags_are_of_documents(mixer, model, size):
+    dataset = with_documents(make_dataset())
+    task = make_task(model, dataset, mixer=mixer, labelled_bags=2, real_bags=1.0)
+    batch = batch_of(task)
+    inputs = np.asarray(batch["inputs"])
+    assert inputs.shape == (6, size, 2)
+    assert (inputs[4:, :, 1] >= 10).all() and (inputs[:4, :, 1] < 10).all()
+    label = counted(inputs, batch.get("mask"))
+    if "weights" in batch:
+        label = np.asarray(batch["weights"]) @ label
+    np.testing.assert_allclose(batch["prevalence"], label, atol=1e-6)
+    assert (batch_of(task, 1)["inputs"][4:] != inputs[4:]).any()
+
+
+def test_labelled_bags_have_uniform_prevalences():
+    dataset = with_documents(make_dataset())
+    task = make_task(dataset=dataset, mixer=None, labelled_bags=5)
+    draw = jax.jit(lambda step: task.sample(jax.random.key(0), step, task.arrays))
+    found = np.concatenate([draw(step)["prevalence"][1:] for step in range(80)])
+    # Means and standard deviations of Dirichlet(1, 1, 1).
+    np.testing.assert_allclose(found.mean(0), 1 / 3, atol=0.04)
+    np.testing.assert_allclose(found.std(0), 2**0.5 / 6, atol=0.03)
+
+
 GMNET = archs.GMNet(archs.PrevalenceHead((8,), 3), None, 2, 4, 2, (4,))
 
 
@@ -287,6 +329,9 @@ def test_the_warmup_learns_from_its_own_loss():
         ({"loss": "error"}, "there is no measure 'error'"),
         ({"warmup_loss": "error"}, "there is no measure 'error'"),
         ({"warmup_steps": -1}, "warmup_steps must be 0 or more"),
+        ({"labelled_bags": -1}, "labelled_bags must be 0 or more"),
+        ({"labelled_bags": 6}, "labelled_bags must be fewer than num_bags=6, not 6"),
+        ({"labelled_bags": 2}, "bags has no labelled documents"),
         ({"mixed_bags": 9, "mixer": None}, "made in representation space only"),
         ({"mixed_bags": 9, "model": deepsets("max")}, "representation space only"),
         ({"model": archs.MLP((), 3)}, "MLP is no set network"),
