@@ -51,7 +51,7 @@ def get_config(variant: str = "histnetq_digits") -> ConfigDict:
     if dataset in IMAGES:
         encoder = dict(name="CNN", channels=(16, 32), features=256)
         head.update(hidden_sizes=(512,))
-        config.task.num_bags = 128
+        config.task.update(num_bags=128, mixed_bags=256)
         config.training = dict(num_steps=1200, steps_per_call=10, eval_every=400)
         # Three times the rate, which without warm-up ends in a constant answer.
         config.optimizer.update(learning_rate=3e-3, warmup_steps=100, clip_norm=0.05)
