@@ -115,6 +115,7 @@ def measure(num_seeds: int) -> dict[str, dict[str, np.ndarray]]:
     cells = {
         "simple cell": SimpleCell(HIDDEN_SIZE),
         "GRU": GRUCell(HIDDEN_SIZE),
+        "GRU without relevance gate": GRUCell(HIDDEN_SIZE, relevance_gate=False),
         "LSTM": LSTMCell(HIDDEN_SIZE),
     }
     norms = {name: cell_norms(cell, num_seeds) for name, cell in cells.items()}
@@ -166,7 +167,7 @@ def main() -> int:
         "gates it is gain^(T-t).",
         figure=figure,
         table=rows,
-        alt="Norm of the Jacobian by the number of steps, three cells and three gains",
+        alt="Norm of the Jacobian by the number of steps, four cells and three gains",
     )
     path = report.write(options.output, [section])
     widths = {name: max(len(name), *(len(r[name]) for r in rows)) for name in rows[0]}

@@ -85,6 +85,9 @@ def test_gradients_vanish_or_explode_with_the_gain_less_in_an_lstm(curves):
     assert at_end["gain 0.5", "LSTM"] > at_end["gain 0.5", "GRU"] > exact["gain 0.5"]
     for name in ("simple cell", "GRU", "LSTM"):
         assert at_end["gain 0.5", name] < at_end["gain 1", name]
+    # Half open, the gate lets half of the kernel through.
+    plain = "GRU without relevance gate"
+    assert all(at_end[title, plain] > at_end[title, "GRU"] for title in exact)
     # log10: beyond 0 they have grown on the way back.
     assert at_end["gain 1.5", "simple cell"] > 0 > at_end["gain 1", "simple cell"]
 
@@ -101,7 +104,7 @@ def test_the_command_writes_the_report_and_the_table(
     assert "No measures" not in page
     assert (folder / "gradient_flow.png").stat().st_size > 10_000
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 1 + 3 * 4 + 1
+    assert len(printed) == 1 + 3 * 5 + 1
     rows = [line.split() for line in printed if "linear" in line]
     assert [row[-1] for row in rows] == ["7.9e-31", "1.0e+00", "4.1e+17"]
     assert all("7.9e-31" in text for text in (page, printed[1]))
