@@ -13,7 +13,8 @@ attention is as wide as the layers before it (64 and 4 heads instead of 8 and 8)
 sets to learn from are turned, mirrored and deformed, and there are 20,000 steps at ten
 times the learning rate, which falls to zero. For the first 500 to several thousand
 steps a network answers a constant; without the normalisation it has not been seen to
-leave it, nor has DeepSets with the mean in its 20,000 steps, nor in 4,000 of 1e-4.
+leave it, nor has DeepSets with the mean in its 20,000 steps, nor in 4,000 of 1e-4; with
+the maximum it does within 1,000.
 """
 
 from ml_collections import ConfigDict
