@@ -182,11 +182,7 @@ class CNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Maps images x [n, height, width, channel] to [n, features]."""
-        if x.ndim != 4:
-            raise ValueError(
-                "CNN reads images of shape [n, height, width, channel], but the shape "
-                f"given is {x.shape}."
-            )
+        check_images(x, "CNN")
         size = self.kernel_size
         for channels in self.channels:
             init = uniform_fan_in(size * size * x.shape[-1])
@@ -227,6 +223,19 @@ class Classifier(nn.Module):
         """Maps x [n, *features] to logits [n, K]."""
         x = nn.leaky_relu(self.encoder(x, train=train))
         return dense(self.num_classes, x.shape[-1])(x)
+
+
+def check_images(x: jax.Array, reader: str) -> None:
+    """Refuses what is not [n, height, width, channel]; `reader` names who reads it.
+
+    Raises:
+      ValueError: with the shape given.
+    """
+    if x.ndim != 4:
+        raise ValueError(
+            f"{reader} reads images of shape [n, height, width, channel], but the "
+            f"shape given is {x.shape}."
+        )
 
 
 def encode_elements(

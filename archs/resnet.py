@@ -1,11 +1,10 @@
 """Residual networks: blocks that learn what to add to their input.
 
-    y = relu(x + F(x))                  as first published, `preactivation=False`
-    y = x + F(relu(norm(x)))            as published later, `preactivation=True`
+    y = relu(x + F(x))      as first published, a normalisation after each convolution
+    y = x + F(x)            with preactivation: normalisation and relu before each
 
-F is two convolutions of 3 x 3, or, as a bottleneck, 1 x 1, 3 x 3 and 1 x 1, with a
-normalisation after (with preactivation: before) each. Where F halves the height and
-width or changes the number of channels, the shortcut x does, too.
+F is two convolutions of 3 x 3, or, as a bottleneck, 1 x 1, 3 x 3 and 1 x 1. Where F
+halves the height and width or changes the number of channels, the shortcut x does, too.
 
 He, Zhang, Ren and Sun, "Deep residual learning for image recognition", CVPR 2016;
 "Identity mappings in deep residual networks", ECCV 2016 (preactivation); Zagoruyko and
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 
 from .convolution import convolve
 from .dropout import Dropout
-from .encoders import dense
+from .encoders import check_images, dense
 
 
 class ResNet(nn.Module):
@@ -89,7 +88,8 @@ class ResNet(nn.Module):
         Raises:
           ValueError: x has another rank, or `stem` or `shortcut` another value.
         """
-        self._check(x)
+        check_images(x, "ResNet")
+        self._check_options()
         if self.num_groups is None:
             norm = partial(
                 nn.BatchNorm,
@@ -127,12 +127,7 @@ class ResNet(nn.Module):
         x = x.mean((1, 2))
         return dense(self.features, x.shape[-1], dtype=self.dtype)(x)
 
-    def _check(self, x: jax.Array) -> None:
-        if x.ndim != 4:
-            raise ValueError(
-                "ResNet reads images of shape [n, height, width, channel], but the "
-                f"shape given is {x.shape}."
-            )
+    def _check_options(self) -> None:
         for name, values in (
             ("stem", ("imagenet", "cifar")),
             ("shortcut", ("projection", "zeros")),

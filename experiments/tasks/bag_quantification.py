@@ -211,12 +211,8 @@ class BagQuantification(PrevalenceTask):
     ) -> tuple[jax.Array, jax.Array]:
         """Bags of labelled documents [bag, size, *features], prevalences [bag, K]."""
         prevalence_key, bag_key = jax.random.split(key)
-        asked = draw_prevalences(
-            prevalence_key,
-            self.labelled_bags,
-            self.dataset.spec.num_classes,
-            protocol="uniform",
-        )
+        num_classes = self.dataset.spec.num_classes
+        asked = draw_prevalences(prevalence_key, self.labelled_bags, num_classes)
         indices, prevalence = draw_bags(bag_key, documents["table"], asked, size)
         return documents["inputs"][indices], prevalence
 
