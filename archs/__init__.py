@@ -91,6 +91,8 @@ from .pooling import (
 from .quantification import (
     absolute_error,
     adjusted_classify_and_count,
+    bias_corrected_temperature,
+    calibrate_posteriors,
     classify_and_count,
     confusion_matrix,
     expectation_maximization,
@@ -189,6 +191,8 @@ __all__ = [
     "absolute_error",
     "adaptive_histogram",
     "adjusted_classify_and_count",
+    "bias_corrected_temperature",
+    "calibrate_posteriors",
     "aggregate",
     "apply_in_chunks",
     "apply_sharded",

@@ -16,6 +16,7 @@ real elements. They are pure functions and compile under `jax.jit` and `jax.vmap
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 
 from .contracts import check_mask, zero_absent
 from .pooling import mean_pool
@@ -245,6 +246,66 @@ def expectation_maximization(
     return jnp.vectorize(one_bag, signature="(m,k),(m)->(k)")(likelihood, mask)
 
 
+def bias_corrected_temperature(
+    posteriors: jax.Array, labels: jax.Array, *, num_steps: int = 100
+) -> tuple[jax.Array, jax.Array]:
+    """BCTS: the scale and bias of `calibrate_posteriors` of maximum likelihood.
+
+    The scale is the inverse of a temperature; the log loss is convex in both. EMQ on
+    posteriors calibrated so is EMQ-BCTS.
+
+    Alexandari, Kundaje and Shrikumar, "Maximum likelihood with bias-corrected
+    calibration is hard-to-beat at label shift adaptation", ICML 2020.
+
+    Args:
+      posteriors: [n, K], of labelled examples the classifier has not seen.
+      labels: int [n].
+      num_steps: of L-BFGS.
+
+    Returns:
+      `(scale [], bias [K])`.
+    """
+    logits = _logits(posteriors)
+
+    def loss(calibration):
+        scale, bias = calibration
+        return optax.losses.softmax_cross_entropy_with_integer_labels(
+            scale * logits + bias, labels
+        ).mean()
+
+    optimizer = optax.lbfgs()
+
+    def step(carry, _):
+        calibration, state = carry
+        value, gradient = optax.value_and_grad_from_state(loss)(
+            calibration, state=state
+        )
+        updates, state = optimizer.update(
+            gradient, state, calibration, value=value, grad=gradient, value_fn=loss
+        )
+        return (optax.apply_updates(calibration, updates), state), None
+
+    none = (jnp.ones((), logits.dtype), jnp.zeros(logits.shape[-1], logits.dtype))
+    carry = (none, optimizer.init(none))
+    return jax.lax.scan(step, carry, None, length=num_steps)[0][0]
+
+
+def calibrate_posteriors(
+    posteriors: jax.Array, scale: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """`softmax(scale log P(k | x_i) + bias)`; see `bias_corrected_temperature`.
+
+    Args:
+      posteriors: [..., K].
+      scale: [].
+      bias: [K].
+
+    Returns:
+      Calibrated posteriors [..., K].
+    """
+    return jax.nn.softmax(scale * _logits(posteriors) + bias)
+
+
 def simplex_least_squares(matrix: jax.Array, target: jax.Array) -> jax.Array:
     """`argmin_p |A p - b|^2` subject to `p >= 0`, `sum_k p_k = 1`.
 
@@ -325,6 +386,11 @@ def _simplex_least_squares(matrix: jax.Array, target: jax.Array) -> jax.Array:
     start = (0, support, support.astype(dtype), False)
     p = jax.lax.while_loop(unfinished, update, start)[2]
     return p / jnp.sum(p)
+
+
+def _logits(posteriors: jax.Array) -> jax.Array:
+    # Finite where a posterior has underflown to zero.
+    return jnp.log(jnp.maximum(posteriors, jnp.finfo(posteriors.dtype).tiny))
 
 
 def _votes(posteriors: jax.Array) -> jax.Array:

@@ -1,4 +1,7 @@
-"""Classical quantifiers beside a model: a classifier of the same encoder, counted."""
+"""Classical quantifiers beside a model: a classifier of the same encoder, counted.
+
+They are CC, PCC, ACC, PACC, EMQ and EMQ-BCTS of `archs.quantification`.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -28,7 +31,8 @@ class Posteriors:
 
     Attributes:
       validation: class probabilities of the validation split, [n, K]: ACC and PACC
-        estimate the classifier's confusion from examples it was not trained on.
+        estimate the classifier's confusion, and EMQ-BCTS its calibration, from examples
+        it was not trained on.
       test: class probabilities of the test split, [n, K].
       accuracy: share of the test split whose likeliest class is right.
     """
@@ -114,7 +118,7 @@ def estimates(
     dataset: data.Dataset,
     indices: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Prevalences by CC, PCC, ACC, PACC and EMQ of bags of test examples.
+    """Prevalences by the classical methods of bags of test examples.
 
     Args:
       posteriors: by `train_classifier`.
@@ -146,7 +150,7 @@ def estimates(
 def bag_estimates(
     classifier: Classification, state: Any, task: Any, split: str
 ) -> dict[str, np.ndarray]:
-    """Prevalences by CC, PCC, ACC, PACC and EMQ of the bags of a split.
+    """Prevalences by the classical methods of the bags of a split.
 
     Args:
       classifier: by `fit_classifier`, of labelled examples of the bags' kind.
@@ -198,6 +202,7 @@ def _methods(
     )
     hard = quantifiers.confusion_matrix(validation, labels)
     soft = quantifiers.confusion_matrix(validation, labels, probabilistic=True)
+    scale, bias = jax.jit(quantifiers.bias_corrected_temperature)(validation, labels)
     return {
         "CC": quantifiers.classify_and_count,
         "PCC": quantifiers.probabilistic_classify_and_count,
@@ -209,5 +214,8 @@ def _methods(
         ),
         "EMQ": lambda bags, mask: quantifiers.expectation_maximization(
             bags, train_prevalence, mask
+        ),
+        "EMQ-BCTS": lambda bags, mask: quantifiers.expectation_maximization(
+            quantifiers.calibrate_posteriors(bags, scale, bias), train_prevalence, mask
         ),
     }

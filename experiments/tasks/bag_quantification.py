@@ -74,8 +74,8 @@ class BagQuantification(PrevalenceTask):
       warmup_loss: the loss of the first `warmup_steps`.
       warmup_steps: see `PrevalenceTask`.
       baselines: train a classifier of the same encoder on the dataset's labelled
-        documents, where it has any, and set CC, PCC, ACC, PACC and EMQ beside the
-        model on the same test bags.
+        documents, where it has any, and set what CC, PCC, ACC, PACC, EMQ and EMQ-BCTS
+        count with it beside the model on the same test bags.
       baseline_steps: longest training of that classifier, in batches of 128.
     """
 

@@ -92,7 +92,7 @@ class Quantification(PrevalenceTask):
       validation_bags: number of bags of an evaluation during training.
       test_bags: number of bags of the final evaluation.
       baselines: train a classifier of the same encoder after the run, and set CC, PCC,
-        ACC, PACC and EMQ beside the model on the same test bags.
+        ACC, PACC, EMQ and EMQ-BCTS beside the model on the same test bags.
       baseline_steps: longest training of that classifier, in batches of 128.
     """
 

@@ -43,9 +43,9 @@ def sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Section]:
         )
         by_method |= baselines.estimates(posteriors, task.dataset, indices)
         note = (
-            "CC, PCC, ACC, PACC and EMQ count what a classifier of the same encoder "
-            f"says of each example (test accuracy {posteriors.accuracy:.4f}); its "
-            "confusion was estimated on the validation split."
+            "CC, PCC, ACC, PACC, EMQ and EMQ-BCTS count what a classifier of the same "
+            f"encoder says of each example (test accuracy {posteriors.accuracy:.4f}); "
+            "its confusion and its calibration were estimated on the validation split."
         )
     np.savez_compressed(workdir / "test_bags.npz", true=true, **by_method)
     spec = task.dataset.spec
@@ -113,9 +113,9 @@ def bag_sections(task: Any, state: Any, workdir: Path, seed: int) -> list[Sectio
         )
         by_method |= baselines.bag_estimates(classifier, classifier_state, task, split)
         note = (
-            " CC, PCC, ACC, PACC and EMQ count what a classifier of the same encoder, "
-            f"trained on {documents.spec.sizes['train']} labelled documents, says of "
-            f"each example; {name} has seen none of these labels."
+            " CC, PCC, ACC, PACC, EMQ and EMQ-BCTS count what a classifier of the same "
+            f"encoder, trained on {documents.spec.sizes['train']} labelled documents, "
+            f"says of each example; {name} has seen none of these labels."
         )
     np.savez_compressed(workdir / "test_bags.npz", true=true, **by_method)
     spec = task.dataset.spec

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.special
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -305,6 +306,45 @@ def test_methods_are_those_of_quapy(name):
             solver="minimize",
         )
     np.testing.assert_allclose(found, theirs, atol=2e-4)
+
+
+def test_the_bias_corrected_temperature_is_that_of_maximum_likelihood():
+    _, (posteriors, labels) = gaussian_world(n=500)
+    distorted = posteriors**2.5 * np.array([1, 0.3, 4], np.float32)
+    distorted /= distorted.sum(-1, keepdims=True)
+    distorted[0] = [1, 0, 0]  # the logarithm of what has underflown
+    fit = jax.jit(q.bias_corrected_temperature)
+    scale, bias = map(np.asarray, fit(distorted, labels))
+    found = q.calibrate_posteriors(distorted, scale, bias)
+
+    def loss(calibration):
+        with np.errstate(divide="ignore"):
+            logits = np.log(distorted.astype(np.float64)).clip(-87.3)
+        logits = calibration[0] * logits + calibration[1:]
+        return -scipy.special.log_softmax(logits, -1)[range(500), labels].mean()
+
+    best = scipy.optimize.minimize(loss, [1.0, 0, 0, 0])
+    assert loss([scale, *bias]) < best.fun + 1e-6
+    calibrated = (best.x[1:] - best.x[1:].mean(), bias - bias.mean())
+    np.testing.assert_allclose(scale, best.x[0], rtol=2e-3)
+    np.testing.assert_allclose(*calibrated, atol=5e-3)
+    assert loss([scale, *bias]) < loss([1, 0, 0, 0]) - 0.1
+    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-5)
+    # Classes told apart without fail have no largest likelihood, but stay finite.
+    sure = q.calibrate_posteriors(np.eye(3, dtype="f"), *fit(np.eye(3), np.arange(3)))
+    np.testing.assert_allclose(sure, np.eye(3), atol=1e-5)
+
+
+def test_calibrated_posteriors_are_those_of_abstention():
+    calibration = pytest.importorskip("abstention.calibration")
+    _, (posteriors, labels) = gaussian_world(n=500)
+    ours = q.calibrate_posteriors(
+        posteriors, *q.bias_corrected_temperature(posteriors, labels)
+    )
+    fit = calibration.TempScaling(bias_positions="all")
+    logits = np.log(posteriors.astype(np.float64))
+    theirs = fit(logits, np.eye(3)[labels])(logits)
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
 def test_expectation_maximization_increases_the_likelihood():

@@ -542,6 +542,12 @@ def test_baselines_count_what_the_classifier_says(vectors, posteriors):
         assert np.abs(estimate - true).mean() < 0.15
     again = measures_of.expectation_maximization(jnp.asarray(bags), jnp.full(3, 1 / 3))
     np.testing.assert_allclose(found["EMQ"], again, atol=1e-4)
+    calibration = measures_of.bias_corrected_temperature(
+        jnp.asarray(posteriors.validation), jnp.asarray(labels)
+    )
+    calibrated = measures_of.calibrate_posteriors(jnp.asarray(bags), *calibration)
+    again = measures_of.expectation_maximization(calibrated, jnp.full(3, 1 / 3))
+    np.testing.assert_allclose(found["EMQ-BCTS"], again, atol=1e-4)
 
 
 def test_baselines_are_reused(vectors, tmp_path):
@@ -561,7 +567,8 @@ def test_the_report_sets_them_side_by_side(vectors, tmp_path):
     state = first_state(task)
     sections = task.report(state, tmp_path, 0)
     rows = {row["method"]: row for row in sections[0].table}
-    assert set(rows) == {"HistNetQ", "CC", "PCC", "ACC", "PACC", "EMQ"}
+    methods = {"CC", "PCC", "ACC", "PACC", "EMQ", "EMQ-BCTS"}
+    assert set(rows) == {"HistNetQ", *methods}
     saved = np.load(tmp_path / "test_bags.npz")
     _, true, estimate = task.evaluation_bags(state, "test")
     np.testing.assert_array_equal(saved["true"], true)
