@@ -16,7 +16,8 @@ The functions here check such a contract of any callable on given inputs. They r
 AssertionError with the contract's name, the worst entry, and the difference beside
 the tolerance.
 
-Tolerances are relative to the largest value of the output. By default they are
+Tolerances are relative to the largest value of a bag's output or, where a bag has one
+number, of all. By default they are
 
     max(tolerance of the dtype, 5 u sqrt(m))
 
@@ -200,7 +201,8 @@ def assert_permutation_invariant(
       mask: None or bool [bag, element]; permuted along with the elements.
       key: draws the permutations.
       num_permutations: how many random permutations are tried.
-      rtol: tolerance relative to max|f|; by default that of the module's docstring.
+      rtol: tolerance relative to max|f| of a bag; by default that of the module's
+        docstring.
 
     Raises:
       AssertionError: the outputs differ, or are not finite.
@@ -342,8 +344,10 @@ def assert_finite_on_empty_set(f: SetFunction, inputs: jax.Array) -> None:
       inputs: [bag, element, *features], floating; at least two bags.
 
     Raises:
+      ValueError: there is one bag.
       AssertionError: a number is not finite, or an empty bag changed another bag.
     """
+    _check_two_bags(inputs)
     output_and_gradient = _output_and_gradient(f)
     full = np.ones(inputs.shape[:2], bool)
     mixed = full.copy()
@@ -375,8 +379,10 @@ def assert_batch_independent(
       rtol: as in `assert_permutation_invariant`.
 
     Raises:
+      ValueError: there is one bag.
       AssertionError: an output differs, or is not finite.
     """
+    _check_two_bags(inputs)
     together = jax.tree.map(np.asarray, f(inputs, mask))
     alone = [
         f(inputs[i : i + 1], None if mask is None else mask[i : i + 1])
@@ -570,6 +576,14 @@ def _output_and_gradient(
     return lambda *args: gradient(*map(jnp.asarray, args))[::-1]
 
 
+def _check_two_bags(inputs: jax.Array) -> None:
+    if len(inputs) < 2:
+        raise ValueError(
+            "inputs must hold two bags or more, for one could change another, but "
+            f"its shape is {inputs.shape}."
+        )
+
+
 def _orders(key: jax.Array, inputs: jax.Array, count: int) -> list[np.ndarray]:
     """The reversal, the sorted and `count` random orders, each [bag, element]."""
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
@@ -661,17 +675,29 @@ def _assert_close(
             continue
         relative = _tolerance(want.dtype, size) if rtol is None else rtol
         want, got = _wide(np.asarray(want)), _wide(np.asarray(got))
-        tolerance = relative * np.max(np.abs(want[bags]))
+        scale = _scale(want, bags)
         difference = np.zeros(want.shape)
         difference[bags] = np.abs(got[bags] - want[bags])
-        worst = np.unravel_index(np.argmax(difference), difference.shape)
-        if difference[worst] > tolerance:
+        excess = difference - relative * scale
+        worst = np.unravel_index(np.argmax(excess), excess.shape)
+        if excess[worst] > 0:
             raise AssertionError(
                 f"{contract} is violated: {_position(path, worst)} is {got[worst]:.9g} "
                 f"where {want[worst]:.9g} was expected; the difference "
-                f"{difference[worst]:.3g} exceeds the tolerance {tolerance:.3g} "
-                f"({relative:.0e} of the largest value)."
+                f"{difference[worst]:.3g} exceeds the tolerance "
+                f"{relative * scale[worst]:.3g} ({relative:.0e} of the largest value)."
             )
+
+
+def _scale(values: np.ndarray, bags: Any) -> np.ndarray:
+    """The largest value of each bag, or of all where a bag has one; of their shape."""
+    size = np.abs(values)
+    largest = np.max(size[bags])
+    if values.ndim > 1:
+        # A bag of zeros beside others has the rounding errors of a program for all.
+        own = size.max(axis=tuple(range(1, values.ndim)), keepdims=True)
+        largest = np.maximum(own, 1e-6 * largest)
+    return np.broadcast_to(largest, values.shape)
 
 
 def _position(path: Any, index: Any) -> str:

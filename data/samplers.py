@@ -411,14 +411,16 @@ def draw_bags(
         )
         raise ValueError(f"bag_size must be at least 1{limit}, got {bag_size}.")
 
-    def draw(asked, order_words, member_words):  # one bag
+    def draw(asked, first, order_words, member_words):  # one bag
         share = jnp.where(table.count > 0, asked, 0.0)
         # All the mass on empty classes: any class that has examples will do.
         share = jnp.where(share.sum() > 0, share, table.count > 0)
-        counts = _largest_remainder(share, bag_size)
+        counts = _largest_remainder(share, bag_size, first)
         if not replace:
             counts = jnp.minimum(counts, table.count)
-            counts += _largest_remainder(table.count - counts, bag_size - counts.sum())
+            counts += _largest_remainder(
+                table.count - counts, bag_size - counts.sum(), first
+            )
         ends = jnp.cumsum(counts)
         # Slots [0, ends[0]) are class 0's and so on; the bag takes them shuffled.
         slot = _permute(order_words, jnp.arange(bag_size), bag_size)
@@ -433,13 +435,16 @@ def draw_bags(
         return table.order[table.start[label] + member], prevalence
 
     num_bags = len(prevalences)
-    order_key, member_key = jax.random.split(key)
+    order_key, member_key, first_key = jax.random.split(key, 3)
+    first = jax.random.randint(first_key, (num_bags,), 0, num_classes)
     order_words = _random_words(order_key, bag_size, num_bags)
     if replace:
         member_words = jax.random.bits(member_key, (num_bags, bag_size), jnp.uint32)
     else:
         member_words = _random_words(member_key, num_examples, num_bags, num_classes)
-    return jax.vmap(draw)(prevalences.astype(jnp.float32), order_words, member_words)
+    return jax.vmap(draw)(
+        prevalences.astype(jnp.float32), first, order_words, member_words
+    )
 
 
 def whitened_components(
@@ -706,15 +711,21 @@ def _choose(condition: jax.Array, yes: ChosenBags, no: ChosenBags) -> ChosenBags
     )
 
 
-def _largest_remainder(share: jax.Array, total: jax.Array | int) -> jax.Array:
-    """Integers in proportion to `share` [K] (not normalized) that sum to `total`."""
+def _largest_remainder(
+    share: jax.Array, total: jax.Array | int, first: jax.Array
+) -> jax.Array:
+    """Integers in proportion to `share` [K] (not normalized) that sum to `total`.
+
+    Of equal remainders those come first that follow class `first`, in a ring.
+    """
     exact = share / jnp.maximum(share.sum(), 1e-30) * total
     counts = jnp.floor(exact)
     # A share of zero never gets a unit, whatever the rounding errors.
     remainder = jnp.where(share > 0, exact - counts, -1.0)
-    # How many remainders come before, ties by position: for a few classes counting is
-    # much faster than sorting.
-    later = jnp.arange(len(share))[:, None] > jnp.arange(len(share))
+    # How many remainders come before: for a few classes counting is much faster than
+    # sorting.
+    place = (jnp.arange(len(share)) - first) % len(share)
+    later = place[:, None] > place
     before = (remainder > remainder[:, None]) | (
         (remainder == remainder[:, None]) & later
     )

@@ -175,7 +175,9 @@ class BagQuantification(PrevalenceTask):
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Bags to learn from, by the mixer."""
         split = arrays["train"]
-        bag_key, mix_key = jax.random.split(jax.random.fold_in(key, step))
+        bag_key, mix_key, labelled_key = jax.random.split(
+            jax.random.fold_in(key, step), 3
+        )
         num_given = self.num_bags - self.labelled_bags
         bags = split["prevalence"], split["sizes"], num_given, self.bag_size
         if self.mixer == "published":
@@ -188,7 +190,7 @@ class BagQuantification(PrevalenceTask):
         prevalence = chosen.prevalence
         if self.labelled_bags:
             drawn, exact = self._draw_labelled_bags(
-                jax.random.fold_in(bag_key, 1), arrays["documents"], inputs.shape[1]
+                labelled_key, arrays["documents"], inputs.shape[1]
             )
             inputs = jnp.concatenate([inputs, drawn])
             prevalence = jnp.concatenate([prevalence, exact])

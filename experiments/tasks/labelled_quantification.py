@@ -34,8 +34,8 @@ class LabelledQuantification(Quantification):
         with its class prevalences π, and the classifiers learn
         `softmax(logits + log π)`: their logits are those of equal prevalences, as
         EMQNet expects (Menon et al., "Long-tail learning via logit adjustment", ICLR
-        2021). Otherwise classes are drawn by `protocol` first, which shows the
-        examples of rare classes more often.
+        2021). Otherwise classes are equally likely, which shows the examples of rare
+        classes more often.
       noise: standard deviation of Gaussian noise that is added to the inputs, in the
         units the model sees.
     """
@@ -91,7 +91,7 @@ class LabelledQuantification(Quantification):
             jax.random.fold_in(key, step), 4
         )
         train = arrays["train"]
-        examples = "natural" if self.natural_examples else self.protocol
+        examples = "natural" if self.natural_examples else "uniform"
         indices, _ = self._draw_bags(example_key, train, examples, self.num_bags, 1)
         bags, prevalence = self._draw_bags(
             bag_key, train, self.protocol, self.mixed_bags, self.size_at_evaluation

@@ -78,8 +78,8 @@ class Quantification(PrevalenceTask):
       evaluation_protocol: of the bags of validation and test.
       replace: whether an example may come twice in a bag.
       evaluation_bag_size: examples a bag of validation and test; None: `bag_size`.
-      mixed_bags: mixtures a step, aimed at prevalences by `protocol`; 0: the step
-        learns from the bags as they are.
+      mixed_bags: mixtures a step, aimed at the prevalences that `protocol` gives bags
+        of `evaluation_bag_size`; 0: the step learns from the bags as they are.
       mixture_sharpness: 1 or more; the larger, the fewer examples or bags have most of
         the weight of some mixtures, see `data.samplers.mixture_weights`.
       remembered_bags: bags of `evaluation_bag_size` examples a step besides, drawn from
@@ -228,19 +228,23 @@ class Quantification(PrevalenceTask):
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Bags of the train split."""
         key = jax.random.fold_in(key, step)
-        bag_key, target_key, weight_key, draw_key = jax.random.split(key, 4)
+        bag_key, target_key, weight_key, draw_key, view_key, memory_key = (
+            jax.random.split(key, 6)
+        )
         indices, prevalence = self._draw_bags(
-            bag_key, arrays["train"], self.protocol, self.num_bags, self.bag_size
+            bag_key,
+            arrays["train"],
+            self.protocol_of_examples if self.bag_size == 1 else self.protocol,
+            self.num_bags,
+            self.bag_size,
         )
         batch = {
-            "inputs": self._views(
-                jax.random.fold_in(key, 0), self._inputs(arrays["train"], indices)
-            ),
+            "inputs": self._views(view_key, self._inputs(arrays["train"], indices)),
             "prevalence": prevalence,
         }
         if self.mixed_bags:
             targets = self._draw_prevalences(
-                target_key, self.protocol, self.mixed_bags, self.bag_size
+                target_key, self.protocol, self.mixed_bags, self.size_at_evaluation
             )
             weights = mixture_weights(
                 weight_key, prevalence, targets, self.mixture_sharpness
@@ -258,7 +262,7 @@ class Quantification(PrevalenceTask):
                 batch["prevalence"] = prevalence[elements].mean(1)
         if self.remembered_bags:
             bags, more = self._draw_bags(
-                jax.random.fold_in(key, 1),
+                memory_key,
                 arrays["train"],
                 self.protocol,
                 self.remembered_bags,
@@ -267,6 +271,16 @@ class Quantification(PrevalenceTask):
             batch["indices"], batch["remembered"] = indices[:, 0], bags
             batch["prevalence"] = jnp.concatenate([batch["prevalence"], more])
         return batch
+
+    @property
+    def protocol_of_examples(self) -> str:
+        """How the classes of single examples to make mixtures of are drawn.
+
+        All alike, unless the protocol is of the natural prevalences: bags of one
+        example under the others need not have the protocol's mean, nor be defined.
+        """
+        mixed = self.mixed_bags and self.protocol != "natural"
+        return "uniform" if mixed else self.protocol
 
     def _inputs(self, split: Mapping, indices: jax.Array | slice) -> jax.Array:
         """The examples `indices` select, as the model takes them."""

@@ -439,6 +439,33 @@ def test_an_undefined_empty_set_is_seen(f, sentence):
         contracts.assert_finite_on_empty_set(f, inputs)
 
 
+@pytest.mark.parametrize(
+    "contract",
+    [contracts.assert_finite_on_empty_set, contracts.assert_batch_independent],
+)
+def test_what_compares_bags_needs_two(contract):
+    inputs, _ = bags()
+    with pytest.raises(ValueError, match="two bags or more"):
+        contract(lambda x, mask: x.sum(1), inputs[:1])
+
+
+def test_a_large_bag_hides_no_violation_in_a_small_one():
+    inputs = jax.random.normal(KEY, (2, 5, 3)) * jnp.array([1e7, 1.0])[:, None, None]
+
+    def by_order(x, mask):
+        return jnp.sum(x, 1) + 1e-3 * x[:, 0] * jnp.array([[0.0], [1.0]])
+
+    with pytest.raises(AssertionError, match=r"output\[1, "):
+        contracts.assert_permutation_invariant(by_order, inputs, key=KEY)
+
+    def leaky(x, mask):
+        x = jnp.where(mask[..., None], x, 0)
+        return x.sum(1) + 1e-3 * (~mask).sum(1, keepdims=True) * jnp.ones(3)
+
+    with pytest.raises(AssertionError, match=r"output\[1, "):
+        contracts.assert_padding_invariant(leaky, inputs)
+
+
 def test_the_message_tells_the_worst_entry_and_the_tolerance():
     inputs = jnp.zeros((2, 3, 2)).at[1, 0, 1].set(4.0)
     with pytest.raises(AssertionError) as error:

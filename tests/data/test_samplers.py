@@ -262,6 +262,16 @@ def test_counts_are_the_largest_remainder_rounding(replace):
     np.testing.assert_array_equal(recount(np.asarray(indices), 4), expected)
 
 
+def test_equal_remainders_favour_no_class():
+    table = samplers.class_table(LABELS, 4)
+    asked = jnp.full((4000, 4), 0.25)
+    _, label = draw_bags(KEY, table, asked, 1)
+    np.testing.assert_allclose(label.mean(0), 0.25, atol=0.03)
+    _, label = draw_bags(KEY, table, asked, 6)
+    np.testing.assert_allclose(label.mean(0), 0.25, atol=0.01)
+    assert sorted(np.unique(label)) == [np.float32(1 / 6), np.float32(2 / 6)]
+
+
 def test_prevalences_that_the_bag_can_have_are_kept():
     table = samplers.class_table(LABELS, 4)
     asked = samplers.draw_prevalences(

@@ -12,11 +12,12 @@ import pytest
 import archs
 import data
 from archs import quantification as measures_of
-from data import sequences
+from data import samplers, sequences
 from experiments import baselines, loop, metrics
 from experiments.optimizers import Optimizer
 from experiments.progress import Progress
 from experiments.tasks import Quantification, prevalence, quantification_report
+from experiments.tasks.quantification import PROTOCOLS
 
 TRAINING = loop.Training(num_steps=200, steps_per_call=20, log_every=20, eval_every=100)
 ENCODER = archs.MLP((8,), 4, 0.1)
@@ -201,6 +202,39 @@ def test_a_mixture_has_the_prevalence_of_its_bags(vectors):
     np.testing.assert_allclose(
         mixed["prevalence"], mixed["weights"] @ bags["prevalence"], atol=1e-6
     )
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("bag_size", [1, 12])
+def test_mixtures_have_the_prevalences_of_bags_of_the_evaluation(
+    vectors, protocol, bag_size
+):
+    task = quantification(
+        vectors,
+        protocol=protocol,
+        bag_size=bag_size,
+        num_bags=3000 // bag_size,
+        mixed_bags=2000,
+        mixture_sharpness=1.0,
+        evaluation_bag_size=50,
+        concentration=0.5,
+    )
+    found = first_batch(task)["prevalence"]
+    asked = samplers.draw_prevalences(
+        jax.random.key(2),
+        2000,
+        3,
+        protocol=protocol,
+        concentration=0.5,
+        natural=task.natural_prevalence,
+        bag_size=50,
+        grid_points=task.grid_points,
+    )
+    np.testing.assert_allclose(found.mean(0), asked.mean(0), atol=0.03)
+    if bag_size == 1:
+        np.testing.assert_allclose(found.std(0), asked.std(0), atol=0.03)
+    else:  # mixtures of mixed bags differ less
+        assert (found.std(0) < asked.std(0) + 0.03).all()
 
 
 @pytest.mark.parametrize("aggregation", ["max", "median", "std", ("mean", "max")])
