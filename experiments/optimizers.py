@@ -19,8 +19,9 @@ class Optimizer:
       learning_rate: the rate after the warm-up.
       schedule: `constant`; `cosine`, down to `end_learning_rate` at the last step;
         or `plateau`: times `plateau_factor` whenever the validation measure has not
-        improved for `plateau_patience` evaluations, and training ends when the rate
-        would fall below `end_learning_rate` (the HistNetQ paper's schedule).
+        improved for more than `plateau_patience` evaluations, and training ends when
+        the rate would fall below `end_learning_rate` (the HistNetQ paper's schedule,
+        PyTorch's `ReduceLROnPlateau`).
       warmup_steps: steps of linear rise from 0.
       end_learning_rate: see `schedule`.
       plateau_factor: see `schedule`.
@@ -66,9 +67,9 @@ class Optimizer:
             raise ValueError(
                 f"plateau_factor must lie between 0 and 1, not {self.plateau_factor}"
             )
-        if self.plateau_patience < 1:
+        if self.plateau_patience < 0:
             raise ValueError(
-                f"plateau_patience must be 1 or more, not {self.plateau_patience}"
+                f"plateau_patience must be 0 or more, not {self.plateau_patience}"
             )
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be >= 0, not {self.weight_decay}")
@@ -141,6 +142,7 @@ class Optimizer:
 
     def plateau(self) -> optax.GradientTransformationExtraArgs:
         """Scales updates; its state moves on at evaluations only."""
+        # Optax reduces at the evaluation that completes the patience.
         return optax.contrib.reduce_on_plateau(
-            factor=self.plateau_factor, patience=self.plateau_patience
+            factor=self.plateau_factor, patience=self.plateau_patience + 1
         )

@@ -6,12 +6,12 @@ MODEL is `histnetq`, `deepsets`, `set_transformer` or `gmnet`, TASK one of `t1a`
 
 Sizes, rates and schedules are those published with HistNetQ (Pérez-Mon et al. 2025)
 and, for GMNet and for T3, those published with GMNet (González et al. 2025); T4 has
-T1's. An epoch ends in an evaluation; the learning rate is halved after `patience`
-epochs without a better one, and where it would fall below the last one the training
-ends. T3 learns from its 100 training bags, too: 770 bags, and 330 for validation. GMNet
-draws half of its bags from the labelled documents (`config.task.labelled_bags`; not of
-T3, whose documents are in its training bags). Where this departs from the published
-code:
+T1's. An epoch ends in an evaluation; the learning rate is halved after more than
+`patience` epochs without a better one, and where it would fall below the last one the
+training ends. T3 learns from its 100 training bags, too: 770 bags, and 330 for
+validation. GMNet draws half of its bags from the labelled documents
+(`config.task.labelled_bags`; not of T3, whose documents are in its training bags).
+Where this departs from the published code:
 
 - Dropout follows each hidden layer of the encoder, as the paper draws it; the published
   code applies the first one alone. T1A, T1 and T4 have two hidden layers, the others

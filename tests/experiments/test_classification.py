@@ -144,7 +144,7 @@ def test_the_plateau_ends_training(vectors, tmp_path):
         vectors,
         training=training,
         schedule="plateau",
-        plateau_patience=1,
+        plateau_patience=0,
         plateau_factor=0.1,
         end_learning_rate=1e-3,
     )

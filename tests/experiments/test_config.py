@@ -304,7 +304,7 @@ def test_a_value_of_another_type_is_a_sentence(refused, tiny, override, parts):
         "optimizer.warmup_steps=-1",
         "optimizer.end_learning_rate=1",
         "optimizer.plateau_factor=1.5",
-        "optimizer.plateau_patience=0",
+        "optimizer.plateau_patience=-1",
         "optimizer.weight_decay=-0.1",
         "optimizer.momentum=2",
         "optimizer.clip_norm=0",

@@ -187,7 +187,7 @@ def test_moving_average_is_what_is_evaluated():
 def test_plateau_reduces_the_rate_after_patience_and_then_stops():
     optimizer = sgd(
         schedule="plateau",
-        plateau_patience=2,
+        plateau_patience=1,
         plateau_factor=0.5,
         end_learning_rate=0.02,
     )
@@ -205,8 +205,28 @@ def test_plateau_reduces_the_rate_after_patience_and_then_stops():
     assert stops == [False] * 8 + [True]
 
 
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_plateau_is_that_of_torch(patience):
+    torch = pytest.importorskip("torch")
+    weight = torch.nn.Parameter(torch.zeros(1))
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        torch.optim.SGD([weight], lr=1.0), factor=0.5, patience=patience, eps=0
+    )
+    plateau = sgd(
+        schedule="plateau", plateau_patience=patience, plateau_factor=0.5
+    ).plateau()
+    state = plateau.init({})
+    update = jax.jit(lambda state, value: plateau.update({}, state, value=value)[1])
+    rng = np.random.default_rng(0)
+    for measure in 1 / np.arange(1, 60) ** 0.3 + rng.normal(0, 0.1, 59):
+        theirs.step(measure)
+        state = update(state, jnp.float32(measure))
+        assert float(state.scale) == theirs.get_last_lr()[0]
+    assert state.scale < 0.5
+
+
 def test_plateau_scales_the_updates():
-    optimizer = sgd(schedule="plateau", plateau_patience=1)
+    optimizer = sgd(schedule="plateau", plateau_patience=0)
     (state, first), (row,) = run(optimizer, batches(1))
     reduced = state
     for measure in (1.0, 1.0):
