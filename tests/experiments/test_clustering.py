@@ -86,7 +86,15 @@ def test_the_report_sets_expectation_maximisation_beside(batch):
     assert beside.text.startswith("On 7 of the test sets.")
 
 
-@pytest.mark.parametrize("variant", ["set_transformer_quick", "deepsets_mean_quick"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "set_transformer_quick",
+        "set_transformer_large",
+        "deepsets_mean_quick",
+        "deepsets_mean_large",
+    ],
+)
 def test_the_config_runs(main, tmp_path, variant):
     fields = {
         "dataset.min_size": 5,
