@@ -149,6 +149,21 @@ def test_points_have_that_covariance(statistic):
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
+def test_the_sample_covariance_estimates_targets_without_bias(statistic):
+    dataset = data.PopulationStatistics(statistic, min_size=50, max_size=80)
+    batch = draw(dataset, KEY, 4000, "train")
+    estimate = jax.jit(dataset.from_sample_covariance)(batch["inputs"], batch["mask"])
+    assert estimate.shape == batch["target"].shape
+    error = np.asarray(estimate - batch["target"], np.float64)
+    # 4 standard errors; the biased ones are off by about d² / (4 n), 4 for d = 32.
+    assert abs(error.mean()) < 4 * error.std() / 4000**0.5
+    # Padding is no point.
+    inputs = jnp.where(batch["mask"][..., None], batch["inputs"], jnp.nan)
+    again = dataset.from_sample_covariance(inputs, batch["mask"])
+    np.testing.assert_allclose(estimate, again, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
 def test_one_thing_varies_as_it_is_said_to(statistic):
     covariance, _ = distributions(statistic, 100)
     d = covariance.shape[1]
