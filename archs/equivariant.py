@@ -8,7 +8,9 @@ Layers whose outputs move with the elements (`EquivariantLayer`, `SAB`, `ISAB`) 
 answer per element, or an invariant one after an aggregation.
 
 Zaheer et al., "Deep Sets", NeurIPS 2017, arXiv 1703.06114, section 3; Lee et al., "Set
-Transformer", ICML 2019, arXiv 1810.00825.
+Transformer", ICML 2019, arXiv 1810.00825. With set normalisation and residuals it is
+of the kind of Deep Sets++, Zhang, Tozzo, Higgins and Ranganath, "Set Norm and
+equivariant skip connections", ICML 2022, arXiv 2206.11925.
 """
 
 from collections.abc import Sequence
@@ -20,10 +22,14 @@ from .contracts import check_weights, present, zero_absent
 from .dropout import Dropout
 from .encoders import encode_elements
 from .pooling import aggregate
+from .set_transformer import normalize
 
 
 class EquivariantNetwork(nn.Module):
     """`head(σ(layer(... σ(layer(φ(x_1), ..., φ(x_m))))))`, by element or pooled.
+
+    A layer is `x <- σ(norm(layer(x)))` or, with `residual`,
+    `x <- x + layer(σ(norm(x)))`: on this clean path nothing but sums lies.
 
     Attributes:
       layer: called with (x [bag, element, d], mask, weights), returns [bag, element,
@@ -33,6 +39,8 @@ class EquivariantNetwork(nn.Module):
         inputs are [bag, element, d].
       num_layers: number of layers.
       activation: σ, the name of a function of `flax.linen`; None: none.
+      normalization: norm, `layer` (of each element), `set` (`SetNorm`) or None.
+      residual: layers add to what they are given, which has then their width.
       aggregation: pools the elements before the head, a name or several, see
         `pooling.aggregate`; None: the head answers for every element on its own.
       dropout_rate: before the head, when `train`; needs the rng stream "dropout".
@@ -43,6 +51,8 @@ class EquivariantNetwork(nn.Module):
     encoder: nn.Module | None = None
     num_layers: int = 3
     activation: str | None = None
+    normalization: str | None = None
+    residual: bool = False
     aggregation: str | Sequence[str] | None = None
     dropout_rate: float = 0.0
 
@@ -67,10 +77,26 @@ class EquivariantNetwork(nn.Module):
 
         Zero at absent elements.
         """
-        x = features
+        x = zero_absent(features, present(mask, weights))
         activation = getattr(nn, self.activation or "", lambda x: x)
         for i in range(self.num_layers):
-            x = activation(self.layer.copy(name=f"layer_{i}")(x, mask, weights))
+            layer = self.layer.copy(name=f"layer_{i}")
+
+            def prepare(x: jax.Array, name: str = f"norm_{i}") -> jax.Array:
+                x = normalize(self.normalization, x, mask, weights, name=name)
+                return activation(x)
+
+            if self.residual:
+                y = layer(prepare(x), mask, weights)
+                if y.shape != x.shape:
+                    raise ValueError(
+                        "with residual a layer must keep the width of its elements, "
+                        f"but made {y.shape} of {x.shape}; give an encoder of the "
+                        "width of the layers."
+                    )
+                x = x + y
+            else:
+                x = prepare(layer(x, mask, weights))
         if self.aggregation is not None:
             return aggregate(x, mask, self.aggregation, weights)
         return zero_absent(x, present(mask, weights))

@@ -142,6 +142,36 @@ class SetNorm(nn.Module):
         return zero_absent(y.astype(x.dtype) * scale + bias, real)
 
 
+def normalize(
+    normalization: str | None,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    *,
+    dtype: Any = None,
+    name: str | None = None,
+) -> jax.Array:
+    """x [bag, element, f] by a layer of the module that calls: of its own shape.
+
+    Args:
+      normalization: `layer` (of each element on its own), `set` (`SetNorm`) or None.
+      x: [bag, element, f].
+      mask: None or bool [bag, element].
+      weights: None or floating [bag, element].
+      dtype: compute dtype.
+      name: of the layer.
+
+    Raises:
+      ValueError: another normalization.
+    """
+    _check_one_of("normalization", normalization, _NORMALIZATIONS)
+    if normalization == "layer":
+        return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)(x)
+    if normalization == "set":
+        return SetNorm(dtype=dtype, name=name)(x, mask, weights)
+    return x
+
+
 class MAB(nn.Module):
     """Multihead attention block: every query attends to all keys.
 
@@ -217,13 +247,27 @@ class MAB(nn.Module):
         queries = queries if shared else zero_absent(queries, asked)
 
         def norm(name: str, x: jax.Array) -> jax.Array:
-            return _normalize(self, name, x, query_mask, query_weights)
+            return normalize(
+                self.normalization,
+                x,
+                query_mask,
+                query_weights,
+                dtype=self.dtype,
+                name=name,
+            )
 
         clean = self.block == "clean_path"
         official = self.block == "official"
         size, residual = self.hidden_size, queries
         if clean:
-            keys = _normalize(self, "key_norm", keys, mask, weights)
+            keys = normalize(
+                self.normalization,
+                keys,
+                mask,
+                weights,
+                dtype=self.dtype,
+                name="key_norm",
+            )
             queries = queries if shared else norm("query_norm", queries)
 
         def affine(name: str, fan_in: int) -> tuple[jax.Array, jax.Array]:
@@ -265,12 +309,7 @@ class MAB(nn.Module):
                 "hidden_size must be a multiple of num_heads, but they are "
                 f"{self.hidden_size} and {self.num_heads}."
             )
-        for name, known in (("block", _BLOCKS), ("normalization", _NORMALIZATIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, known))}, but "
-                    f"{getattr(self, name)!r} was given."
-                )
+        _check_one_of("block", self.block, _BLOCKS)
         if queries.ndim not in (2, 3) or (
             queries.ndim == 3 and queries.shape[0] != keys.shape[0]
         ):
@@ -532,13 +571,12 @@ def _points(module: nn.Module, name: str, number: int, size: int) -> jax.Array:
     return module.param(name, init, (number, size))
 
 
-def _normalize(module, name, x, mask, weights):
-    """Normalises x in the way of the module's `normalization`."""
-    if module.normalization == "layer":
-        return nn.LayerNorm(epsilon=1e-5, dtype=module.dtype, name=name)(x)
-    if module.normalization == "set":
-        return SetNorm(dtype=module.dtype, name=name)(x, mask, weights)
-    return x
+def _check_one_of(name: str, given: str | None, known: tuple) -> None:
+    if given not in known:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, known))}, but {given!r} was "
+            "given."
+        )
 
 
 def _log_weights(real: jax.Array | None, weights: jax.Array | None) -> jax.Array | None:

@@ -13,6 +13,17 @@ MASK = jnp.asarray([[True] * 5, [True, False, True, True, False]])
 
 LAYERS = {
     "deepsets": dict(layer=archs.EquivariantLayer(8, "max"), activation="tanh"),
+    "deepsets++": dict(
+        layer=archs.EquivariantLayer(8, "mean"),
+        activation="relu",
+        normalization="set",
+        residual=True,
+    ),
+    "layer norm": dict(
+        layer=archs.EquivariantLayer(8, "mean"),
+        activation="relu",
+        normalization="layer",
+    ),
     "sab": dict(layer=set_transformer.SAB(8, 2)),
     "isab": dict(layer=set_transformer.ISAB(8, 2, num_inducing_points=3)),
 }
@@ -85,6 +96,27 @@ def test_it_is_what_its_layers_make_of_it():
     assert (kernels[0] != kernels[1]).any()
 
 
+def test_residual_layers_add_what_they_make_of_normalised_elements():
+    variables, f = applied(
+        network("deepsets++", num_layers=1, encoder=archs.MLP((), 8))
+    )
+    params = jax.tree.map(np.asarray, variables["params"])
+    x = np.asarray(X) @ params["encoder"]["Dense_0"]["kernel"]
+    x += params["encoder"]["Dense_0"]["bias"]
+    norm = (x - x.mean((1, 2), keepdims=True)) / x.std((1, 2), keepdims=True)
+    norm = np.maximum(norm, 0)
+    own, shared = (params["layer_0"][f"Dense_{j}"] for j in range(2))
+    mean = norm.mean(1, keepdims=True)
+    x = x + norm @ own["kernel"] + own["bias"] + mean @ shared["kernel"]
+    expected = archs.MLP((6,), 4).apply({"params": params["head"]}, x.reshape(10, 8))
+    np.testing.assert_allclose(f(X), expected.reshape(2, 5, 4), atol=1e-4)
+
+
+def test_residual_layers_keep_the_width():
+    with pytest.raises(ValueError, match="keep the width .* give an encoder"):
+        network("deepsets++", encoder=None).init(KEY, X)
+
+
 def test_an_answer_depends_on_the_whole_set():
     _, f = applied(network())
     moved = f(X.at[:, 0].add(3.0))
@@ -104,6 +136,11 @@ def test_its_parts_are_those_of_a_set_network():
         for i in range(2)
     ]
     assert (noisy[0] != noisy[1]).any()
+
+
+def test_an_unknown_normalization_is_refused():
+    with pytest.raises(ValueError, match="normalization must be one of .* but 'batch'"):
+        network(normalization="batch").init(KEY, X)
 
 
 def test_an_unknown_activation_is_refused():
