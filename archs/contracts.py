@@ -254,11 +254,12 @@ def assert_padding_invariant(
 ) -> None:
     """Asserts that padding changes neither the output nor the gradients of `f`.
 
-    Every bag is lengthened by `extra` masked elements, once at its end and once at its
-    front, which hold zeros, huge numbers, infinities or NaN; where the given mask is
-    already False the contents are replaced too. The gradient with respect to the
-    inputs is that of a fixed mixture of f's entries (their plain sum would be constant
-    for prevalences): equal for real elements, exactly zero for padding.
+    Every bag is lengthened by `extra` masked elements, at its end, at its front and
+    among the others, which hold zeros, ordinary or huge numbers, infinities or NaN;
+    where the given mask is already False the contents are replaced too. The gradient
+    with respect to the inputs is that of a fixed mixture of f's entries (their plain
+    sum would be constant for prevalences): equal for real elements, exactly zero for
+    padding.
 
     Args:
       f: a function of (inputs, mask) to an array or a pytree of arrays without an
@@ -281,11 +282,15 @@ def assert_padding_invariant(
     # The reference is padded with zeros within the given mask and not lengthened.
     clean = np.where(_expand(mask, inputs.ndim), inputs, inputs.dtype.type(0))
     expected, expected_gradient = output_and_gradient(clean, mask)
-    for contents in (0.0, huge, -np.inf, np.nan):
-        for front in (extra, 0):
-            widths = ((0, 0), (front, extra - front))
-            padded_mask = np.pad(mask, widths)
-            padded = np.pad(inputs, widths + ((0, 0),) * (inputs.ndim - 2))
+    elements = np.arange(size)
+    places = (elements + extra, elements, elements * (size + extra) // max(size, 1))
+    for contents in (0.0, huge, -np.inf, np.nan, 1.5):
+        for place in places:
+            shape = (len(inputs), size + extra)
+            padded_mask = np.zeros(shape, bool)
+            padded_mask[:, place] = mask
+            padded = np.zeros(shape + inputs.shape[2:], inputs.dtype)
+            padded[:, place] = inputs
             real = _expand(padded_mask, inputs.ndim)
             padded = np.where(real, padded, inputs.dtype.type(contents))
             out, gradient = output_and_gradient(padded, padded_mask)
@@ -293,7 +298,7 @@ def assert_padding_invariant(
             _assert_close(name, expected, out, rtol, size=size)
             leaked = np.where(real, 0, gradient)
             _assert_close(f"{name}: gradient", np.zeros_like(leaked), leaked, 0.0)
-            kept = gradient[:, front : front + size]
+            kept = gradient[:, place]
             slack = _slack(kept, rtol, size)
             _assert_close(f"{name}: gradient", expected_gradient, kept, slack)
 

@@ -449,6 +449,17 @@ def test_what_compares_bags_needs_two(contract):
         contract(lambda x, mask: x.sum(1), inputs[:1])
 
 
+def test_padding_among_the_elements_is_tried():
+    inputs, _ = bags()
+
+    def first_of_a_run(x, mask):  # right for padding at the front or at the end
+        first = jnp.argmax(mask, 1)[:, None] + jnp.arange(x.shape[1] - 3)
+        return jnp.take_along_axis(x, first[..., None], 1).sum(1)
+
+    with pytest.raises(AssertionError, match="padding invariance"):
+        contracts.assert_padding_invariant(first_of_a_run, inputs)
+
+
 def test_a_large_bag_hides_no_violation_in_a_small_one():
     inputs = jax.random.normal(KEY, (2, 5, 3)) * jnp.array([1e7, 1.0])[:, None, None]
 

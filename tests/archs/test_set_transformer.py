@@ -1,6 +1,7 @@
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -647,6 +648,31 @@ def test_block_is_that_of_torch_multihead_attention(block):
         expected = h + torch.relu(rff(norm(h)))
     found = jax.jit(model.apply)(variables, queries, keys, mask)
     np.testing.assert_allclose(found, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalization", ["layer", "set"])
+def test_shared_queries_are_not_normalised_in_a_clean_path(normalization):
+    fields = dict(FIELDS, block="clean_path", normalization=normalization)
+    x = jnp.ones((2, 5, FIELDS["hidden_size"]))
+    for model, query_norms in (
+        (SAB(**fields), 1),
+        (PMA(**fields, num_seeds=2), 0),
+        (ISAB(**fields, num_inducing_points=3), 1),  # the elements, of the second MAB
+    ):
+        params = model.init(jax.random.key(0), x)["params"]
+        paths = jax.tree_util.tree_leaves_with_path(params)
+        found = {str(path[:-1]) for path, _ in paths if "query_norm" in str(path)}
+        assert len(found) == query_norms, type(model)
+
+
+def test_set_norm_keeps_one_feature_that_layer_norm_loses():
+    x = jnp.arange(6.0).reshape(2, 3, 1)
+    layer = nn.LayerNorm()
+    variables = layer.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(layer.apply(variables, x), 0)
+    norm = SetNorm()
+    found = norm.apply(norm.init(jax.random.key(0), x), x)
+    np.testing.assert_allclose(found.std((1, 2)), 1, rtol=1e-4)
 
 
 def test_clean_path_is_the_identity_where_blocks_add_nothing():

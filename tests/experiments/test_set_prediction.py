@@ -297,6 +297,19 @@ def test_sets_alike_in_size_are_learned_from_as_all_are():
         )
 
 
+def test_sets_alike_in_size_are_cut_to_a_handful_of_sizes():
+    dataset = data.GaussianMixtures(2, 10, num_components=3)
+    task = set_prediction(deepsets(15, "mean"), dataset, objective="mixture")
+    state = loop.first_state(task, 0)
+    batch = jax.jit(task.sample)(jax.random.key(0), 0, task.arrays)
+    jaxpr = jax.make_jaxpr(task.train_step)(state, batch, jax.random.key(1))
+    (switch,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond")
+    branches = [str(branch) for branch in switch.params["branches"]]
+    assert len(branches) == len(dataset.size_buckets) == 4
+    for size, branch in zip(dataset.size_buckets, branches, strict=True):
+        assert f"f32[{task.num_sets},{size},2]" in branch
+
+
 def test_measures_by_size():
     sizes = np.array([3, 1, 3, 2])
     values = {"error": np.array([1.0, 5.0, 2.0, np.nan])}
