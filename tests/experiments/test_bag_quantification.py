@@ -468,6 +468,44 @@ def test_test_bags_without_labels_are_estimated_and_not_measured(main, tmp_path)
     assert "normalized match distance" in report
 
 
+OTHERS = {
+    "gmnet_t1": [
+        "task.num_bags=10",
+        "task.labelled_bags=5",
+        "model.num_spaces=2",
+        "model.num_gaussians=3",
+        "model.latent_size=2",
+        "model.hidden_sizes=(4,)",
+        "model.head.hidden_sizes=(8,)",
+    ],
+    "set_transformer_t2": [
+        "task.num_bags=4",
+        "model.encoder.hidden_sizes=(8,)",
+        "model.encoder.features=4",
+        "model.hidden_size=8",
+        "model.num_heads=2",
+        "model.num_inducing_points=3",
+        "model.num_seeds=2",
+        "model.num_decoder_layers=1",
+        "model.head.hidden_sizes=(8,)",
+    ],
+}
+
+
+@pytest.mark.parametrize("variant", OTHERS)
+def test_other_networks_run(main, tmp_path, variant):
+    write(variant.rpartition("_")[2].upper(), tmp_path, bag_size=20, test_bags=5)
+    flags = [flag for flag in TINY if "model" not in flag]
+    flags += [f"--config.{field}" for field in OTHERS[variant]]
+    flags += [f"--config.dataset.source_dir={tmp_path}"]
+    flags += [f"--config.dataset.data_dir={tmp_path}", "--config.task.baselines=False"]
+    workdir = tmp_path / "run"
+    outcome = main(f"--config={CONFIGS}:{variant}", *flags, f"--workdir={workdir}")
+    assert outcome.code == 0, outcome.err
+    test = json.loads((workdir / "evaluation.json").read_text())["test"]
+    assert 0 < test["absolute_error"] < 0.5
+
+
 def test_missing_files_are_a_sentence(refused, tmp_path):
     flag = f"--config={CONFIGS}:histnetq_t1b"
     assert "T1B needs source_dir" in refused(flag)
