@@ -463,6 +463,23 @@ def test_unique_characters_encodes_images(model):
     assert found == encoder + rest[model]
 
 
+def test_a_maximum_is_soon_learned(main, tmp_path):
+    fields = {
+        "training.num_steps": 300,
+        "training.eval_every": 300,
+        "task.validation_sets": 100,
+        "task.test_sets": 1000,
+    }
+    outcome = main(
+        f"--config={SHIPPED}/max_regression.py:deepsets_max",
+        f"--workdir={tmp_path}",
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+    )
+    assert outcome.code == 0, outcome.err
+    test = json.loads((tmp_path / "evaluation.json").read_text())["test"]
+    assert test["absolute_error"] < 0.1355  # published, after 20,000 steps
+
+
 @pytest.mark.slow
 def test_ten_digits_teach_the_sum_of_a_hundred(main, tmp_path):
     outcome = main(f"--config={SHIPPED}/digit_sum.py:text", f"--workdir={tmp_path}")
