@@ -31,8 +31,8 @@ def _histogram(name: str) -> dict:
     return {"config.model.histogram.name": name}
 
 
-def _aggregation(name: str) -> dict:
-    return {"config.model.aggregation": name}
+def _aggregation(aggregation: str | tuple) -> dict:
+    return {"config.model.aggregation": aggregation}
 
 
 # Row of the table -> (variant of configs/quantify.py without the dataset, overrides).
@@ -52,7 +52,25 @@ MODELS: dict[str, tuple[str, Mapping]] = {
     "GMNet": ("gmnet", {}),
     "SetTransformer": ("set_transformer", {}),
     "HistNetQ, linear binning, sparsemax": ("histnetq", {}),
+    "HistNetQ, cubic B-splines, sparsemax": ("histnetq", _histogram("CubicHistogram")),
+    "HistNetQ, learned bins, sparsemax": ("histnetq", _histogram("AdaptiveHistogram")),
+    "HistNetQ, cumulative, sparsemax": (
+        "histnetq",
+        _histogram("CumulativeHistogram")
+        | {
+            "config.model.histogram.histogram.name": "LinearHistogram",
+            "config.model.histogram.histogram.num_bins": 16,
+        },
+    ),
     "DeepSets, mean, sparsemax": ("deepsets", {}),
+    "DeepSets, five quantiles, sparsemax": (
+        "deepsets",
+        _aggregation((0.1, 0.25, 0.5, 0.75, 0.9)),
+    ),
+    "DeepSets, mean, std, min and max, sparsemax": (
+        "deepsets",
+        _aggregation(("mean", "std", "min", "max")),
+    ),
     "GMNet, sparsemax": ("gmnet", {}),
     "SetTransformer, sparsemax": ("set_transformer", {}),
     "HistNetQ, linear binning, bags as drawn": ("histnetq", {}),
@@ -70,8 +88,8 @@ def overrides_of(row: str, dataset: str) -> dict:
     "As drawn" learns from bags as they are drawn instead of mixtures of examples: 2,000
     steps of 20 bags of 100, which encodes about four times as many examples. Rows
     without sparsemax have the published softmax, mixtures of nearly the prevalences
-    drawn and, of images, 64 of them a step; max and median of images 16, as theirs cost
-    more than a product of matrices.
+    drawn and, of images, 64 of them a step; aggregations that are no means 16, as
+    mixtures then cost more than a product of matrices.
     """
     variant, changed = MODELS[row]
     overrides = dict(changed)
@@ -88,7 +106,9 @@ def overrides_of(row: str, dataset: str) -> dict:
             "config.task.mixed_bags": 0,
             "config.training.num_steps": 2000,
         }
-    elif dataset in IMAGES and row in ("DeepSets, max", "DeepSets, median"):
+    elif (
+        dataset in IMAGES and changed.get("config.model.aggregation", "mean") != "mean"
+    ):
         overrides["config.task.mixed_bags"] = 16
     return overrides
 
