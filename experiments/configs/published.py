@@ -2,12 +2,12 @@
 
 MODEL is `histnetq`, `deepsets_mean`, `deepsets_median`, `deepsets_max`,
 `set_transformer` or `histnetq_mixtures`, LOSS `ae` or `rae` (absolute or relative
-absolute errors). Networks, bags, rates and schedule are those of the code of
-HistNetQ's paper (Pérez-Mon, Moreo, del Coz and González 2025): 50,000 examples to
-train on, 10,000 for validation; bags of 500 under the published generator of
-prevalences, two a step and 500 an epoch; AdamW from 3e-4, halved after ten epochs
-without a better validation error, until below 1e-5 or for 1,000 epochs; 5,000 test
-bags. Published errors of `histnetq_ae`: AE 0.0060; of `histnetq_rae`: RAE 0.1592.
+absolute errors). Networks, bags, rates and schedule are those of the code of HistNetQ's
+paper (Pérez-Mon, Moreo, del Coz and González 2025): 50,000 examples to train on, 10,000
+for validation; bags of 500 under the published generator of prevalences, two a step and
+500 an epoch; AdamW from 3e-4, halved after more than ten epochs without a better
+validation error, until below 1e-5 or for 1,000 epochs; 5,000 test bags. Published
+errors of `histnetq_ae`: AE 0.0060; of `histnetq_rae`: RAE 0.1592.
 
 The linear layer that makes 512 features of each of SetTransformer's seeds is left out,
 as the head's first layer is linear in the same features: 4.9 million parameters instead
