@@ -94,13 +94,7 @@ def get_config(variant: str = "histnetq_ae") -> ConfigDict:
     else:  # histnetq_mixtures
         config.model = dict(
             name="HistNetQ",
-            encoder=dict(
-                name="CNN",
-                channels=(32, 64),
-                kernel_size=3,
-                hidden_sizes=(256,),
-                features=256,
-            ),
+            encoder=dict(name="CNN", channels=(32, 64), kernel_size=3, features=256),
             histogram=dict(name="LinearHistogram", num_bins=16),
             head=dict(name="PrevalenceHead", hidden_sizes=(512,)),
         )
