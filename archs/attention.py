@@ -582,7 +582,8 @@ class MultiHeadAttention(nn.Module):
             q, k = rotate(q, positions), rotate(k, positions)
 
         def write(old, new, start):
-            return jax.lax.dynamic_update_slice(old, new, (0, start, 0))
+            # Padding of a chunk may reach past the end, where nothing is written.
+            return old.at[:, start + jnp.arange(new.shape[1])].set(new, mode="drop")
 
         keys, values = (
             jax.vmap(write)(cache[name], new.astype(cache[name].dtype), position)

@@ -159,16 +159,19 @@ def beam_search(
     def advance(state):
         i, cache, last, tokens, lengths, log_p, ended, greedy_place = state
         logits, changed = step(cache, rows(last))
-        gains = jax.nn.log_softmax(logits.astype(jnp.float32))
-        size = gains.shape[-1]
+        size = logits.shape[-1]
+        logits = logits.astype(jnp.float32).reshape(*shape, size)
+        # By the logits, as `greedy` has it: logarithms of probabilities round, so that
+        # they can be equal where logits are not.
+        likeliest = jnp.where(ended, 0, jnp.argmax(logits, axis=-1))
         # What has ended goes on by padding, for nothing.
         padding = jnp.where(jnp.arange(size) == 0, 0.0, -jnp.inf)
-        gains = jnp.where(ended[..., None], padding, gains.reshape(*shape, size))
+        gains = jnp.where(ended[..., None], padding, jax.nn.log_softmax(logits))
         totals = log_p[..., None] + gains
         grown = lengths + ~ended
         scores = score(totals, grown[..., None])
         _, best = jax.lax.top_k(scores.reshape(batch, -1), beam_size)
-        best, greedy_place = keep_greedy(best, gains, greedy_place)
+        best, greedy_place = keep_greedy(best, likeliest, greedy_place, size)
         parent, token = best // size, (best % size).astype(jnp.int32)
 
         def inherit(x: jax.Array) -> jax.Array:  # of [batch, beam, ...]
@@ -188,11 +191,10 @@ def beam_search(
         lengths = inherit(grown)
         return i + 1, cache, token, tokens, lengths, log_p, ended, greedy_place
 
-    def keep_greedy(best, gains, place):
+    def keep_greedy(best, likeliest, place, size):
         """Gives the greedy sequence the last place where it has none."""
-        size = gains.shape[-1]
-        of_greedy = jnp.take_along_axis(gains, place[:, None, None], axis=1)[:, 0]
-        continuation = place * size + jnp.argmax(of_greedy, axis=-1)
+        token = jnp.take_along_axis(likeliest, place[:, None], axis=1)[:, 0]
+        continuation = place * size + token
         found = best == continuation[:, None]  # [batch, beam]
         missing = ~found.any(1)
         last = jnp.arange(beam_size) == beam_size - 1

@@ -857,6 +857,8 @@ class Recurrent(nn.Module):
         def step(cell, state, step_inputs):
             x, real = step_inputs
             new, output = cell(state, x)
+            # Float32 parameters may promote what a loop must keep as it was.
+            new = jax.tree.map(lambda n, s: n.astype(s.dtype), new, state)
             return _select(real, new, state), _select(real, output, 0.0)
 
         scan = nn.scan(
@@ -1264,7 +1266,8 @@ class _Bridge(nn.Module):
     def __call__(self, summary: jax.Array, template: Any) -> Any:
         def state(leaf: jax.Array) -> jax.Array:
             layer = dense(leaf.shape[-1], summary.shape[-1], dtype=summary.dtype)
-            return jnp.tanh(layer(summary))
+            # The decoder may compute in another dtype than the encoder.
+            return jnp.tanh(layer(summary)).astype(leaf.dtype)
 
         return _merge(template, jax.tree.map(state, _parts(template)))
 

@@ -100,6 +100,26 @@ def test_a_beam_of_one_is_greedy(seed, penalty):
         np.testing.assert_allclose(one[:, 0], other, rtol=1e-6)
 
 
+@pytest.mark.parametrize("beam_size", [1, 2])
+def test_beams_tell_logits_apart_whose_probabilities_round_alike(beam_size):
+    rng = np.random.default_rng(0)
+    logits = np.full((200, SIZE, SIZE), -np.inf, np.float32)
+    logits[:, :, EOS] = rng.uniform(-1, 0, size=(200, SIZE))
+    logits[:, :, 3] = 0.1
+    logits[:, :, 4] = np.nextafter(np.float32(0.1), np.float32(1))
+    logits[:, 3, EOS] = -5  # what follows 3 is worse
+
+    def same_at_all_times(cache, tokens):
+        return cache[jnp.arange(len(tokens)), tokens], cache
+
+    arguments = same_at_all_times, jnp.asarray(logits), first(200), LENGTH, EOS
+    expected = jax.jit(lambda: greedy(*arguments))()
+    tokens, _, log_p = jax.jit(lambda: beam_search(*arguments, beam_size))()
+    assert (log_p[:, 0] >= expected[2] - 1e-6).all()
+    if beam_size == 1:
+        np.testing.assert_array_equal(tokens[:, 0], expected[0])
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.6, 2.0]))
 def test_a_large_beam_is_exhaustive(seed, penalty):

@@ -685,6 +685,15 @@ def test_a_cell_of_ones_own():
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+def test_a_cell_of_ones_own_keeps_the_dtype_of_its_state():
+    model, inputs = Recurrent(Accumulator(HIDDEN)), sequences()
+    variables = model.init(jax.random.key(0), inputs)
+    exact, _ = model.apply(variables, inputs)
+    outputs, state = model.apply(variables, inputs.astype(jnp.bfloat16))
+    assert state.dtype == jnp.bfloat16
+    close(jnp.float32(outputs), exact, 0.05)
+
+
 # Dtypes, tokens, initialisers.
 
 
@@ -748,6 +757,27 @@ def test_models_compute_in_bfloat16(name):
         one, cache = step(variables, cache, tokens[:, t])
         assert bfloat16(one, cache)
         close(jnp.float32(one), jnp.float32(logits[:, t]), 0.05)
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_an_encoder_and_a_decoder_may_differ_in_dtype(half):
+    dtypes = {half: jnp.bfloat16}
+    stacks = [
+        RecurrentStack(GRUCell(HIDDEN, dtype=dtypes.get(name)))
+        for name in ("encoder", "decoder")
+    ]
+    model = RecurrentEncoderDecoder(*stacks, 7, embedding_size=4, attention_size=4)
+    source = jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, 7)
+    variables = model.init(jax.random.key(1), source, source)
+
+    def decode():
+        memory = model.apply(variables, source, method="encode")
+        cache = model.apply(variables, memory, TIME, method="init_cache")
+        step = partial(model.apply, variables, method="decode_step")
+        return greedy(step, cache, jnp.ones(BATCH, int), TIME, 2)
+
+    tokens, _, log_p = jax.jit(decode)()
+    assert tokens.shape == (BATCH, TIME) and jnp.isfinite(log_p).all()
 
 
 @pytest.mark.parametrize("attention", [False, True])

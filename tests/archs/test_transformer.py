@@ -378,6 +378,18 @@ def test_prompts_of_several_lengths():
         close(logits, expected[jnp.arange(3), lengths + i])
 
 
+def test_padding_of_a_chunk_may_reach_past_the_end_of_the_cache():
+    model = language_model(positions="rotary")
+    target = tokens(0, 3, 9)
+    variables = variables_of(model, target)
+    prefill = jax.jit(functools.partial(model.apply, variables, method="prefill"))
+    cache = model.apply(variables, 3, 9, method="init_cache")
+    _, cache = prefill(cache, target[:, :7])
+    chunk = jnp.pad(target[:, 7:], ((0, 0), (0, 2)))
+    logits, _ = prefill(cache, chunk, jnp.full(3, 2))
+    close(logits[:, :2], jax.jit(model.apply)(variables, target)[:, 7:])
+
+
 def test_attention_weights_are_torchs_of_the_last_layer():
     model = Transformer(VOCABULARY, 7, **FIELDS | {"num_layers": 2})
     source, target = tokens(0, 3, 6) % 7, tokens(1, 3, 5)
