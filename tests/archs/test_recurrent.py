@@ -133,7 +133,9 @@ def literal_lstm(params, state, x, misprint=None):
     """The LSTM, with peepholes where there are parameters of them.
 
     Of the misprints, with "forget" the forget gate is the update gate's, with no M_f of
-    its own; "plain" has no peepholes; with "old" the output gate sees c(t-1).
+    its own (the slides name a gate Gr that their LSTM has not); with "hats" the memory
+    is what a hat denotes elsewhere, the candidate; "plain" has no peepholes; with "old"
+    the output gate sees c(t-1).
     """
     h, c = state
     hx = np.concatenate([h, x])
@@ -146,6 +148,8 @@ def literal_lstm(params, state, x, misprint=None):
     if misprint == "forget":
         gate_f = gate_u
     old, c = c, gate_u * np.tanh(a_c) + gate_f * c
+    if misprint == "hats":
+        c = np.tanh(a_c)
     gate_o = sigma(a_o + see(p_o, old if misprint == "old" else c))
     return [gate_o * np.tanh(c), c]
 
@@ -222,6 +226,7 @@ def test_gates_of_all_layers_and_directions_are_told():
     [
         ("gru", "relevance"),
         ("lstm", "forget"),
+        ("lstm", "hats"),
         ("peephole", "plain"),
         ("peephole", "old"),
         ("full peephole", "plain"),

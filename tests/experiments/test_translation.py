@@ -53,33 +53,48 @@ def state(task):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_loss_is_the_smoothed_cross_entropy_of_the_next_token(
-    smoothing, task, state
-):
-    task = dataclasses.replace(task, label_smoothing=smoothing)
+def test_the_loss_is_the_smoothed_cross_entropy_of_the_next_token(smoothing, task):
+    sgd = Optimizer(name="sgd", learning_rate=1.0)
+    task = dataclasses.replace(task, label_smoothing=smoothing, optimizer=sgd)
+    state = loop.first_state(task, 0)
     batch = task.sample(jax.random.key(0), jnp.int32(0), task.arrays)
-    targets, lengths = map(np.asarray, (batch["targets"], batch["target_lengths"]))
+    targets, lengths = map(np.array, (batch["targets"], batch["target_lengths"]))
     assert (targets[:, 0] == BOS).all()
     assert (targets[np.arange(4), lengths - 1] == EOS).all()
-    logits = task.model.apply(
-        state.variables, batch["inputs"], targets, batch["lengths"], lengths
+    # Of several lengths, and after the end anything.
+    lengths -= [0, 1, 5, 2]
+    past = np.arange(targets.shape[1]) >= lengths[:, None]
+    targets = np.where(
+        past, np.random.default_rng(0).integers(4, 9, past.shape), targets
     )
-    p = np.asarray(jax.nn.softmax(logits))
-    size = p.shape[-1]
-    terms, plain = [], []
-    for i in range(4):
-        for t in range(lengths[i] - 1):
-            share = np.full(size, smoothing / size)
-            share[targets[i, t + 1]] += 1 - smoothing
-            terms.append(-(share * np.log(p[i, t])).sum())
-            plain.append(-np.log(p[i, t, targets[i, t + 1]]))
-    _, measured = jax.jit(task.train_step)(state, batch, jax.random.key(0))
+    batch |= {"targets": jnp.asarray(targets), "target_lengths": jnp.asarray(lengths)}
+
+    def by_hand(params, smoothing):
+        arguments = batch["inputs"], batch["targets"], batch["lengths"]
+        logits = task.model.apply({"params": params}, *arguments)
+        log_p = jax.nn.log_softmax(logits)
+        terms = []
+        for i in range(4):
+            for t in range(lengths[i] - 1):
+                share = np.full(log_p.shape[-1], smoothing / log_p.shape[-1])
+                share[targets[i, t + 1]] += 1 - smoothing
+                terms.append(-(share * log_p[i, t]).sum())
+        return sum(terms) / len(terms)
+
+    after, measured = jax.jit(task.train_step)(state, batch, jax.random.key(0))
     total, count = measured["cross_entropy"]
-    assert count == len(plain)
-    assert total / count == pytest.approx(np.mean(plain), rel=1e-5)
-    smoothed = task._smoothed(logits[:, :-1], batch["targets"][:, 1:])
-    mask = np.arange(targets.shape[1] - 1) < lengths[:, None] - 1
-    assert np.asarray(smoothed)[mask].mean() == pytest.approx(np.mean(terms), rel=1e-5)
+    assert count == (lengths - 1).sum()
+    plain = float(by_hand(state.params, 0.0))
+    assert total / count == pytest.approx(plain, rel=1e-5)
+    gradient = jax.grad(by_hand)(state.params, smoothing)
+    jax.tree.map(
+        lambda new, old, g: np.testing.assert_allclose(
+            np.asarray(new), np.asarray(old - g), atol=2e-6
+        ),
+        after.params,
+        state.params,
+        gradient,
+    )
 
 
 def test_translations_are_what_beam_search_finds(task, state):
