@@ -294,12 +294,15 @@ FEW = [
 ]
 VARIANTS = {
     "adding_problem.py:rnn": ["--config.dataset.length=12"],
+    "adding_problem.py:gru": ["--config.dataset.length=12"],
     "adding_problem.py:lstm": ["--config.dataset.length=12"],
     "copy_memory.py:gru": ["--config.dataset.delay=5"],
     "copy_memory.py:lstm": ["--config.dataset.delay=5"],
+    "number_agreement.py:lstm": [],
     "number_agreement.py:plain_gru": [],
     "roma.py:forward": [],
     "embedded_reber.py:peephole": [],
+    "time_delay.py:lstm": ["--config.dataset.delay=3"],
     "time_delay.py:peephole": ["--config.dataset.delay=3"],
     "sequential_images.py:lstm_digits": [],
 }

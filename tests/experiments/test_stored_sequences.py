@@ -121,12 +121,12 @@ def test_sentiment(model, main, originals, tmp_path):
     assert "negative" in report  # sentences with the names of their classes
 
 
-@pytest.mark.parametrize("model", ["gru", "transformer"])
+@pytest.mark.parametrize("model", ["lstm", "transformer"])
 def test_next_word(model, main, tmp_path):
     text = tmp_path / "text.txt"
     lines = [f"{words('uno dos tres cuatro', 1, 12)} {i}.\n" for i in range(200)]
     text.write_text("".join(lines))
-    width = "stack.cell.hidden_size" if model == "gru" else "hidden_size"
+    width = "stack.cell.hidden_size" if model == "lstm" else "hidden_size"
     _, report = run(
         main,
         tmp_path / "run",
