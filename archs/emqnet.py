@@ -108,7 +108,10 @@ class EMQNet(nn.Module):
             count = jnp.where(real, count, 0)
         features = zero_absent(features, real)
         count = jnp.broadcast_to(count, features.shape[:-1]).astype(features.dtype)
-        likelihood = jnp.exp(features - features.max(-1, keepdims=True))
+        # An element's scale changes nothing, hence no gradient: that of a maximum
+        # divides by how many are equal to it, none where XLA rounds it anew.
+        largest = jax.lax.stop_gradient(features.max(-1, keepdims=True))
+        likelihood = jnp.exp(features - largest)
         pseudo_count = nn.softplus(self.pseudo_count)
 
         @jax.checkpoint
