@@ -234,7 +234,7 @@ class Quantification(PrevalenceTask):
         indices, prevalence = self._draw_bags(
             bag_key,
             arrays["train"],
-            self.protocol_of_examples if self.bag_size == 1 else self.protocol,
+            self._protocol_to_encode,
             self.num_bags,
             self.bag_size,
         )
@@ -273,14 +273,15 @@ class Quantification(PrevalenceTask):
         return batch
 
     @property
-    def protocol_of_examples(self) -> str:
-        """How the classes of single examples to make mixtures of are drawn.
+    def _protocol_to_encode(self) -> str:
+        """How the classes of the bags of a step are drawn.
 
-        All alike, unless the protocol is of the natural prevalences: bags of one
-        example under the others need not have the protocol's mean, nor be defined.
+        Of single examples to make mixtures of all alike, unless the protocol is of the
+        natural prevalences: bags of one example under the others need not have the
+        protocol's mean, nor be defined.
         """
-        mixed = self.mixed_bags and self.protocol != "natural"
-        return "uniform" if mixed else self.protocol
+        singles = self.mixed_bags and self.bag_size == 1
+        return "uniform" if singles and self.protocol != "natural" else self.protocol
 
     def _inputs(self, split: Mapping, indices: jax.Array | slice) -> jax.Array:
         """The examples `indices` select, as the model takes them."""
