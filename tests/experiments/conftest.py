@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import os
 import shutil
 import struct
@@ -93,6 +94,19 @@ def _main(*arguments):
 def main():
     """Runs `runner.main`: exit code and what it printed."""
     return _main
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Runs a config with fields of it changed in `tmp_path`: measures of its test."""
+
+    def run(config, fields=None):
+        changed = (f"--config.{name}={value}" for name, value in (fields or {}).items())
+        outcome = _main(f"--config={config}", f"--workdir={tmp_path}", *changed)
+        assert outcome.code == 0, outcome.err
+        return json.loads((tmp_path / "evaluation.json").read_text())["test"]
+
+    return run
 
 
 @pytest.fixture

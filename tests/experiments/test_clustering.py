@@ -1,5 +1,3 @@
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,7 +93,7 @@ def test_the_report_sets_expectation_maximisation_beside(batch):
         "deepsets_mean_large",
     ],
 )
-def test_the_config_runs(main, tmp_path, variant):
+def test_the_config_runs(measured, tmp_path, variant):
     fields = {
         "dataset.min_size": 5,
         "dataset.max_size": 12,
@@ -115,13 +113,7 @@ def test_the_config_runs(main, tmp_path, variant):
             "model.num_layers": 1,
             "model.num_decoder_layers": 1,
         }
-    outcome = main(
-        f"--config={CONFIG}:{variant}",
-        f"--workdir={tmp_path}",
-        *(f"--config.{name}={value}" for name, value in fields.items()),
-    )
-    assert outcome.code == 0, outcome.err
-    test = json.loads((tmp_path / "evaluation.json").read_text())["test"]
+    test = measured(f"{CONFIG}:{variant}", fields)
     assert set(test) == {
         "negative_log_likelihood",
         "log_likelihood",
@@ -133,16 +125,13 @@ def test_the_config_runs(main, tmp_path, variant):
 
 
 @pytest.mark.slow
-def test_the_set_transformer_learns_to_cluster(main, tmp_path):
-    outcome = main(
-        f"--config={CONFIG}:set_transformer_quick",
-        f"--workdir={tmp_path}",
-        "--config.training.num_steps=1000",
-        "--config.training.eval_every=1000",
-        "--config.task.test_sets=200",
-    )
-    assert outcome.code == 0, outcome.err
-    test = json.loads((tmp_path / "evaluation.json").read_text())["test"]
+def test_the_set_transformer_learns_to_cluster(measured):
+    fields = {
+        "training.num_steps": 1000,
+        "training.eval_every": 1000,
+        "task.test_sets": 200,
+    }
+    test = measured(f"{CONFIG}:set_transformer_quick", fields)
     # The official code stands at -2.31 after as many steps.
     assert test["log_likelihood"] > -2.6
     assert test["log_likelihood_after_em_step"] > -2.1

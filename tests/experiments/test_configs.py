@@ -1,6 +1,5 @@
 """The shipped configs: every variant of every file."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -78,42 +77,32 @@ def test_published_networks_have_their_number_of_parameters(
 @pytest.mark.parametrize(
     ("variant", "fields"),
     [
-        ("histnetq_rae", ["model.encoder.features=4", "model.histogram.num_bins=4"]),
-        ("deepsets_median_ae", ["model.phi.features=4"]),
+        ("histnetq_rae", {"encoder.features": 4, "histogram.num_bins": 4}),
+        ("deepsets_median_ae", {"phi.features": 4}),
         (
             "set_transformer_ae",
-            ["model.hidden_size=8", "model.num_seeds=2", "model.num_decoder_layers=1"],
+            {"hidden_size": 8, "num_seeds": 2, "num_decoder_layers": 1},
         ),
-        (
-            "histnetq_mixtures_rae",
-            ["model.encoder.features=4", "task.num_bags=30", "task.mixed_bags=5"],
-        ),
+        ("histnetq_mixtures_rae", {"encoder.features": 4}),
     ],
 )
-def test_published_configs_train_and_are_evaluated(main, tmp_path, variant, fields):
+def test_published_configs_train_and_are_evaluated(measured, variant, fields):
     """In small, on images that need no file."""
-    head = "rho" if variant.startswith("deepsets") else "head"
-    encoder = "phi" if variant.startswith("deepsets") else "encoder"
-    size = "evaluation_bag_size" if "mixtures" in variant else "bag_size"
-    fields = [
-        *fields,
-        f"model.{head}.hidden_sizes=(8,)",
-        f"model.{encoder}.channels=(2,3)",
-        "dataset.name=digits",
-        f"task.{size}=20",
-        "task.validation_bags=5",
-        "task.test_bags=5",
-        "task.baselines=False",
-        "training.num_steps=2",
-        "training.steps_per_call=1",
-        "training.eval_every=2",
-        "training.log_every=1",
-    ]
-    outcome = main(
-        f"--config={SHIPPED}/published.py:{variant}",
-        f"--workdir={tmp_path}",
-        *(f"--config.{field}" for field in fields),
-    )
-    assert outcome.code == 0, outcome.err
-    test = json.loads((tmp_path / "evaluation.json").read_text())["test"]
+    deepsets, mixtures = (name in variant for name in ("deepsets", "mixtures"))
+    fields = {f"model.{name}": value for name, value in fields.items()} | {
+        f"model.{'rho' if deepsets else 'head'}.hidden_sizes": "(8,)",
+        f"model.{'phi' if deepsets else 'encoder'}.channels": "(2,3)",
+        "dataset.name": "digits",
+        f"task.{'evaluation_bag_size' if mixtures else 'bag_size'}": 20,
+        "task.validation_bags": 5,
+        "task.test_bags": 5,
+        "task.baselines": False,
+        "training.num_steps": 2,
+        "training.steps_per_call": 1,
+        "training.eval_every": 2,
+        "training.log_every": 1,
+    }
+    if mixtures:
+        fields |= {"task.num_bags": 30, "task.mixed_bags": 5}
+    test = measured(f"{SHIPPED}/published.py:{variant}", fields)
     assert 0 < test["absolute_error"] < 0.2

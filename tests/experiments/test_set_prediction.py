@@ -463,39 +463,26 @@ def test_unique_characters_encodes_images(model):
     assert found == encoder + rest[model]
 
 
-def test_a_maximum_is_soon_learned(main, tmp_path):
+def test_a_maximum_is_soon_learned(measured):
     fields = {
         "training.num_steps": 300,
         "training.eval_every": 300,
         "task.validation_sets": 100,
         "task.test_sets": 1000,
     }
-    outcome = main(
-        f"--config={SHIPPED}/max_regression.py:deepsets_max",
-        f"--workdir={tmp_path}",
-        *(f"--config.{name}={value}" for name, value in fields.items()),
-    )
-    assert outcome.code == 0, outcome.err
-    test = json.loads((tmp_path / "evaluation.json").read_text())["test"]
+    test = measured(f"{SHIPPED}/max_regression.py:deepsets_max", fields)
     assert test["absolute_error"] < 0.1355  # published, after 20,000 steps
 
 
 @pytest.mark.slow
-def test_ten_digits_teach_the_sum_of_a_hundred(main, tmp_path):
-    outcome = main(f"--config={SHIPPED}/digit_sum.py:text", f"--workdir={tmp_path}")
-    assert outcome.code == 0, outcome.err
-    test = json.loads((tmp_path / "evaluation.json").read_text())["test"]
-    assert test["exact"] == 1
+def test_ten_digits_teach_the_sum_of_a_hundred(measured):
+    assert measured(f"{SHIPPED}/digit_sum.py:text")["exact"] == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "published"), [("deepsets_mean", 2.133), ("deepsets_max", 0.1355)]
 )
-def test_max_regression_reaches_the_published_error(model, published, main, tmp_path):
-    outcome = main(
-        f"--config={SHIPPED}/max_regression.py:{model}", f"--workdir={tmp_path}"
-    )
-    assert outcome.code == 0, outcome.err
-    test = json.loads((tmp_path / "evaluation.json").read_text())["test"]
+def test_max_regression_reaches_the_published_error(model, published, measured):
+    test = measured(f"{SHIPPED}/max_regression.py:{model}")
     assert test["absolute_error"] < published
