@@ -39,6 +39,8 @@ class ImageDigitSums:
             see `data.augmentation.deform`.
         max_size: most elements of a set of train and validation.
         test_max_size: of the test split.
+        shared_images: images that all sets of a batch of the train split are drawn
+            from, so that a network need encode no more; None: of the whole split.
     """
 
     examples: str = "mnist"
@@ -47,8 +49,10 @@ class ImageDigitSums:
     num_deformed: int = 0
     max_size: int = 10
     test_max_size: int = 100
+    shared_images: int | None = None
 
     def __post_init__(self):
+        check_sizes(shared_images=self.shared_images or 1)
         check_sizes(max_size=self.max_size)
         check_sizes(test_max_size=self.test_max_size)
         if self.num_deformed < 0:
@@ -94,23 +98,28 @@ class ImageDigitSums:
             arrays: `self.arrays`.
 
         Returns:
-            "inputs" float32 [set, element, *image], zero at padding; "mask" bool
-            [set, element]; "target" float32 [set, 1].
+            "inputs" float32 [set, element, *image], zero at padding, or, of shared
+            images, "elements" float32 [shared_images, *image] and "indices" int32 [set,
+            element]; "mask" bool [set, element]; "target" float32 [set, 1].
         """
         max_size = self.test_max_size if split == "test" else self.max_size
-        size_key, example_key = jax.random.split(key)
+        size_key, example_key, shared_key = jax.random.split(key, 3)
         mask = draw_mask(size_key, num_sets, 1, max_size)
-        labels = arrays[split]["labels"]
+        images, labels = arrays[split]["inputs"], arrays[split]["labels"]
+        shared = self.shared_images is not None and split == "train"
+        if shared:
+            chosen = jax.random.randint(
+                shared_key, (self.shared_images,), 0, len(labels)
+            )
+            images, labels = images[chosen], labels[chosen]
         indices = jax.random.randint(example_key, mask.shape, 0, len(labels))
-        images = normalize(
-            arrays[split]["inputs"][indices], self._dataset.shift, self._dataset.scale
-        )
         target = jnp.where(mask, labels[indices], 0).sum(1, keepdims=True)
-        return {
-            "inputs": _hide(images, mask),
-            "mask": mask,
-            "target": target.astype(jnp.float32),
-        }
+        shift, scale = self._dataset.shift, self._dataset.scale
+        if shared:
+            inputs = {"elements": normalize(images, shift, scale), "indices": indices}
+        else:
+            inputs = {"inputs": _hide(normalize(images[indices], shift, scale), mask)}
+        return inputs | {"mask": mask, "target": target.astype(jnp.float32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +151,9 @@ class UniqueCharacters:
         augment: whether the sets of the train split are varied, for few characters:
             each set is turned and mirrored as a whole, which leaves distinct what is
             distinct, and each image is deformed; see `data.augmentation`.
+        shared_characters: characters that all sets of a batch of the train split are
+            drawn from, with `max_size` images of each, so that a network need encode no
+            more; all sets are then turned alike. None: of the whole split.
     """
 
     source_dir: str | None = None
@@ -152,9 +164,15 @@ class UniqueCharacters:
     test_fraction: float = 0.2
     split_seed: int = 0
     augment: bool = False
+    shared_characters: int | None = None
 
     def __post_init__(self):
         check_sizes(min_size=self.min_size, max_size=self.max_size)
+        if (self.shared_characters or self.max_size) < self.max_size:
+            raise ValueError(
+                f"shared_characters must be at least max_size, {self.max_size}, not "
+                f"{self.shared_characters}"
+            )
         check_sizes(image_size=self.image_size)
         for name in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
@@ -202,6 +220,11 @@ class UniqueCharacters:
                     "fraction."
                 )
             arrays[split] = jnp.asarray(images[np.sort(chosen)])
+        if (self.shared_characters or 0) > len(arrays["train"]):
+            raise DataError(
+                f"The train split has {len(arrays['train'])} characters, fewer than "
+                f"shared_characters, {self.shared_characters}."
+            )
         return arrays
 
     def sample(self, key: jax.Array, num_sets: int, split: str, arrays: dict) -> dict:
@@ -214,13 +237,26 @@ class UniqueCharacters:
             arrays: `self.arrays`.
 
         Returns:
-            "inputs" float32 [set, max_size, *image], zero at padding; "mask" bool
-            [set, max_size]; "target" float32 [set, 1]; "characters" int32
-            [set, max_size], which character of the split an element is.
+            "inputs" float32 [set, max_size, *image], zero at padding, or, of shared
+            characters, "elements" float32 [image, *image] and "indices" int32 [set,
+            max_size]; "mask" bool [set, max_size]; "target" float32 [set, 1];
+            "characters" int32 [set, max_size], which character of the split an element
+            is.
         """
         images = arrays[split]
+        number_of = jnp.arange(len(images))
+        size_key, *keys, view_key, shared_key = jax.random.split(key, 8)
+        shared = self.shared_characters is not None and split == "train"
+        if shared:
+            # Random orders by sorting: of all characters, and of each one's drawings.
+            order_key, drawing_key = jax.random.split(shared_key)
+            order = jax.random.uniform(order_key, images.shape[:1]).argsort()
+            number_of = order[: self.shared_characters]
+            drawings = jax.random.uniform(
+                drawing_key, (self.shared_characters, images.shape[1])
+            ).argsort()[:, : self.max_size]
+            images = images[number_of[:, None], drawings]
         num_characters, num_drawings = images.shape[:2]
-        size_key, *keys, view_key = jax.random.split(key, 7)
         mask = draw_mask(size_key, num_sets, self.min_size, self.max_size)
         size = mask.sum(1, keepdims=True)
         count = jax.random.randint(keys[0], size.shape, 1, size + 1)
@@ -231,24 +267,33 @@ class UniqueCharacters:
         # Shuffled, since otherwise the first elements would tell the count.
         places = jnp.where(mask, jax.random.uniform(keys[2], mask.shape), 2)
         which = jnp.take_along_axis(which, jnp.argsort(places), axis=1)
-        # Random orders by sorting: of all characters, and of each one's drawings.
         chosen = jax.random.uniform(keys[3], (num_sets, num_characters)).argsort()
         drawings = jax.random.uniform(
             keys[4], (num_sets, self.max_size, num_drawings)
         ).argsort()
         characters = jnp.take_along_axis(chosen, which, axis=1)
         drawing = drawings[jnp.arange(num_sets)[:, None], which, number]
-        inputs = normalize(images[characters, drawing], 0, 255)[..., None]
+        # Sets [set, element, *image], or all that is shared as one of them.
+        images = (
+            images.reshape(1, -1, *images.shape[2:])
+            if shared
+            else images[characters, drawing]
+        )
+        images = normalize(images, 0, 255)[..., None]
         if self.augment and split == "train":
             turn_key, deform_key = jax.random.split(view_key)
-            inputs = turn_and_mirror(turn_key, inputs)
-            flat = deform(deform_key, inputs.reshape(-1, *inputs.shape[2:]))
-            inputs = flat.reshape(inputs.shape)
-        return {
-            "inputs": _hide(inputs, mask),
+            images = turn_and_mirror(turn_key, images)
+            flat = deform(deform_key, images.reshape(-1, *images.shape[2:]))
+            images = flat.reshape(images.shape)
+        if shared:
+            indices = characters * num_drawings + drawing
+            inputs = {"elements": images[0], "indices": indices}
+        else:
+            inputs = {"inputs": _hide(images, mask)}
+        return inputs | {
             "mask": mask,
             "target": count.astype(jnp.float32),
-            "characters": characters,
+            "characters": number_of[characters],
         }
 
 

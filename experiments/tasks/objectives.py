@@ -56,6 +56,10 @@ class ObjectiveTask(supervised.SupervisedTask):
         """What the model is given."""
         return batch["inputs"], batch[self.second_input]
 
+    def predict(self, variables: Mapping, batch: Mapping, **options: Any) -> Any:
+        """What the model returns; `options` are those of `flax.linen.Module.apply`."""
+        return self.model.apply(variables, *self.arguments(batch), **options)
+
     def measure(self, prediction: Any, batch: Mapping) -> dict:
         """{measure: (values, mask or None)}, the loss first, in float32."""
         prediction = jax.tree.map(
@@ -80,9 +84,9 @@ class ObjectiveTask(supervised.SupervisedTask):
         """One update; see `loop.Task`."""
 
         def loss(params, model_state):
-            prediction, model_state = self.model.apply(
+            prediction, model_state = self.predict(
                 {"params": params, **model_state},
-                *self.arguments(batch),
+                batch,
                 train=True,
                 rngs={"dropout": key},
                 mutable=list(model_state),
@@ -98,7 +102,7 @@ class ObjectiveTask(supervised.SupervisedTask):
 
     def eval_step(self, state: supervised.TrainState, batch: Mapping) -> dict:
         """The objective's measures, averaged over what is counted."""
-        prediction = self.model.apply(state.variables, *self.arguments(batch))
+        prediction = self.predict(state.variables, batch)
         sums = {}
         for name, (values, mask) in self.measure(prediction, batch).items():
             counted = batch["counted"].reshape(-1, *(1,) * (values.ndim - 1))

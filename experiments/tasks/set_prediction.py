@@ -54,7 +54,10 @@ class SetDataset(Protocol):
 
         Returns:
           "inputs" float32 [set, element, *feature_shape], "mask" bool [set, element],
-          "target" [set, ...], and what else the objective needs.
+          "target" [set, ...], and what else the objective needs. Sets of the train
+          split that share elements may have, instead of "inputs", "elements" float32
+          [n, *feature_shape], of which each is encoded once, and "indices" int32 [set,
+          element].
         """
 
 
@@ -95,6 +98,19 @@ class SetPrediction(objectives.ObjectiveTask):
             self, "num_sets", "validation_sets", "test_sets", "evaluation_batch"
         )
         objectives.check(set_objectives, self.objective)
+
+    def arguments(self, batch: Mapping) -> tuple[jax.Array, jax.Array]:
+        """What the model is given: the sets and their mask."""
+        if "elements" in batch:
+            return batch["elements"][batch["indices"]], batch["mask"]
+        return super().arguments(batch)
+
+    def predict(self, variables: Mapping, batch: Mapping, **options: Any) -> Any:
+        """What the model returns; elements that sets share are encoded once."""
+        if "elements" not in batch:
+            return super().predict(variables, batch, **options)
+        shared = batch["elements"], batch["indices"], batch["mask"]
+        return self.model.apply(variables, *shared, method=_encode_once, **options)
 
     def sample(self, key: jax.Array, step: jax.Array, arrays: Mapping) -> dict:
         """Sets of the train split."""
@@ -140,7 +156,8 @@ class SetPrediction(objectives.ObjectiveTask):
         Raises:
           AssertionError: naming the contract and the worst element.
         """
-        elements = np.asarray(batch["inputs"])[np.asarray(batch["mask"])][:32]
+        inputs, mask = (np.asarray(argument) for argument in self.arguments(batch))
+        elements = inputs[mask][:32]
         size = len(elements) // 2
         inputs = elements[: 2 * size].reshape(2, size, *elements.shape[1:])  # two sets
 
@@ -209,6 +226,20 @@ class SetPrediction(objectives.ObjectiveTask):
             lambda *leaves: np.concatenate(leaves)[:total], *rows
         )
         return outputs, measures, first
+
+
+def _encode_once(
+    model: nn.Module,
+    elements: jax.Array,
+    indices: jax.Array,
+    mask: jax.Array,
+    *,
+    train: bool = False,
+) -> Any:
+    """The model's output on sets `elements[indices]`; elements [n, *features]."""
+    features = model.encode(elements[None], train=train)[0]
+    representation = model.aggregate(features[indices], mask, train=train)
+    return model.decode(representation, train=train)
 
 
 def _answers_by_element(model: Callable, inputs: np.ndarray) -> bool:
