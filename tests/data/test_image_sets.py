@@ -27,11 +27,27 @@ def digit_sums():
     return data.ImageDigitSums("digits", max_size=4, test_max_size=9)
 
 
-@pytest.mark.parametrize(("split", "max_size"), [("train", 4), ("test", 9)])
-def test_labels_of_the_images_add_up(digit_sums, split, max_size):
-    batch = draw(digit_sums, 50, split)
+def sets_of(batch):
+    """The elements of the sets [set, element, ...] of a batch that shares them."""
+    return batch["elements"][batch["indices"]]
+
+
+@pytest.mark.parametrize(
+    ("split", "max_size", "shared"),
+    [("train", 4, None), ("test", 9, None), ("train", 4, 20), ("test", 9, 20)],
+)
+def test_labels_of_the_images_add_up(split, max_size, shared):
+    dataset = data.ImageDigitSums(
+        "digits", max_size=4, test_max_size=9, shared_images=shared
+    )
+    batch = draw(dataset, 50, split)
+    if shared and split == "train":
+        assert batch["elements"].shape == (20, 8, 8, 1)
+        assert set(batch["indices"][batch["mask"]]) == set(range(20))
+        batch["inputs"] = sets_of(batch)
+    else:
+        assert not batch["inputs"][~batch["mask"]].any()
     assert batch["inputs"].shape == (50, max_size, 8, 8, 1)
-    assert not batch["inputs"][~batch["mask"]].any()
     arrays = data.load("digits")
     known = {
         np.asarray(data.normalize(image, arrays.shift, arrays.scale)).tobytes(): label
@@ -139,6 +155,51 @@ def test_the_target_is_how_many_characters_differ(omniglot):
     for n in range(2, 6):
         counts = np.bincount(batch["target"][size == n, 0].astype(int))[1:]
         assert len(counts) == n and stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_sets_of_a_batch_share_characters(omniglot):
+    dataset = characters(omniglot, shared_characters=6)
+    batch = draw(dataset, 400, "train")
+    assert batch["elements"].shape == (6 * 5, 105, 105, 1)
+    shown = [which(image) for image in batch["elements"]]
+    assert len(set(shown)) == 30  # five drawings of six characters, each once
+    for indices, mask, target in zip(
+        batch["indices"], batch["mask"], batch["target"], strict=True
+    ):
+        found = [shown[index] for index in indices[mask]]
+        assert len({character for character, _ in found}) == target
+        assert len(set(found)) == len(found)  # no drawing twice
+    # All that is shared is used, and "characters" are those of the split.
+    assert set(batch["indices"][batch["mask"]]) == set(range(30))
+    of_split = [which(image[..., None] / 255)[0] for image in images_of(dataset)]
+    character_of = np.array([character for character, _ in shown])
+    np.testing.assert_array_equal(
+        np.array(of_split)[batch["characters"]], character_of[batch["indices"]]
+    )
+    other = draw(dataset, 1, "train", jax.random.key(1))
+    assert (batch["elements"] != other["elements"]).any()
+
+
+def images_of(dataset):
+    """An image of each character of the train split."""
+    return np.asarray(dataset.arrays["train"][:, 0])
+
+
+def test_shared_characters_are_varied_as_one_set(omniglot):
+    dataset = characters(omniglot, shared_characters=5, augment=True)
+    plain = draw(characters(omniglot, shared_characters=5), 4, "train")
+    varied = draw(dataset, 4, "train")
+    np.testing.assert_array_equal(plain["indices"], varied["indices"])
+    assert (plain["elements"] != varied["elements"]).any((1, 2, 3)).all()
+    # Other splits keep their own images.
+    assert draw(dataset, 4, "test")["inputs"].shape == (4, 5, 105, 105, 1)
+
+
+def test_more_shared_characters_than_there_are_is_refused(omniglot):
+    with pytest.raises(data.DataError, match="has 8 characters, fewer than .* 9"):
+        _ = characters(omniglot, shared_characters=9).arrays
+    with pytest.raises(ValueError, match="at least max_size, 5, not 4"):
+        characters(omniglot, shared_characters=4)
 
 
 def test_only_images_of_the_train_split_are_varied(omniglot):

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import ClassVar
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,35 @@ def test_evaluation_sets_are_the_same_for_every_model_and_seed():
         for split in ("validation", "test")
     )
     assert (validation != test).all()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        deepsets(aggregation="sum"),
+        archs.SetTransformer(archs.MLP((), 1), PHI, 8, 2, num_inducing_points=None),
+    ],
+    ids=["DeepSets", "SetTransformer"],
+)
+def test_a_step_on_shared_elements_is_one_on_the_sets(model):
+    dataset = data.ImageDigitSums("digits", shared_images=16)
+    task = set_prediction(model, dataset)
+    shared = task.sample(jax.random.key(0), 0, task.arrays)
+    assert shared["elements"].shape == (16, 8, 8, 1)
+    inputs, mask = task.arguments(shared)
+    sets = {"inputs": inputs, "mask": mask, "target": shared["target"]}
+    state = task.init(jax.random.key(1), shared)
+    step = jax.jit(task.train_step)
+    found, expected = (
+        step(state, batch, jax.random.key(2)) for batch in (shared, sets)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=1e-6)
+    # Each image is encoded once, not once a set.
+    flops = [
+        step.lower(state, batch, jax.random.key(2)).compile().cost_analysis()["flops"]
+        for batch in (shared, sets)
+    ]
+    assert flops[0] < flops[1]
 
 
 def test_the_last_batch_counts_only_the_sets_asked_for():
