@@ -201,9 +201,7 @@ class SetPrediction(objectives.ObjectiveTask):
         @jax.jit
         def evaluate(state, arrays, index):
             batch = self.eval_batch(split, index, arrays)
-            prediction = self.model.apply(
-                state.variables, batch["inputs"], batch["mask"]
-            )
+            prediction = self.predict(state.variables, batch)
             measures = {
                 name: values if mask is None else jnp.where(mask, values, jnp.nan)
                 for name, (values, mask) in self.measure(prediction, batch).items()
