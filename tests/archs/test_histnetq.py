@@ -293,6 +293,13 @@ def test_sparsemax_is_linear_where_all_are_present_and_zero_where_not():
     np.testing.assert_allclose(jacobian, np.eye(3) - 1 / 3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e3, 1e7, 1e30])
+def test_sparsemax_of_large_logits_sums_to_one(scale):
+    logits = jnp.array([[1.0, 1, -2], [1, 0, 0], [-1, -1, -1]]) * scale
+    expected = [[0.5, 0.5, 0], [1, 0, 0], [1 / 3, 1 / 3, 1 / 3]]
+    np.testing.assert_allclose(sparsemax(logits), expected, atol=1e-6)
+
+
 def test_a_class_that_sparsemax_leaves_out_is_learned_again():
     target = jnp.array([0.2, 0.3, 0.5])
     logits = jnp.array([5.0, 0.0, -3.0])

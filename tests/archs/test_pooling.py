@@ -194,6 +194,36 @@ def test_median_with_fractional_weights_follows_its_definition(scale):
         np.testing.assert_allclose(found[0], (lower + upper) / 2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["median", "lower_median", 0.25, 0.5])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_order_statistics_of_any_weights_depend_on_no_order(name, scale):
+    # Tenths and thirds: sums of them differ in the last digit with their order.
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 12, 1)).astype(np.float32)
+    w = rng.choice(np.array([0.1, 0.2, 0.3, 1 / 3, 0.0], np.float32), (200, 12))
+    w *= np.float32(scale)
+    out = weighted(name, x, None, w)
+    order = np.argsort(rng.random((200, 12)), axis=1)
+    moved = np.take_along_axis(x, order[..., None], 1)
+    others = weighted(name, moved, None, np.take_along_axis(w, order, 1))
+    np.testing.assert_array_equal(out, others)
+    # Nor on padding, whatever it holds.
+    nothing = np.full((200, 21), np.nan, np.float32)
+    padded = np.concatenate([x, nothing[..., None]], 1)
+    mask = np.arange(33) < np.full((200, 1), 12)
+    found = weighted(name, padded, mask, np.concatenate([w, nothing], 1))
+    np.testing.assert_array_equal(out, found)
+
+
+@pytest.mark.parametrize("weight", [0.1, 1 / 3, 0.7, 1e30, 1e-30])
+def test_median_of_equal_weights_is_that_without(weight):
+    x = jax.random.normal(jax.random.key(0), (50, 8, 2))
+    weights = jnp.full((50, 8), weight)
+    for name in ("median", "lower_median"):
+        found = weighted(name, x, None, weights)
+        np.testing.assert_array_equal(found, weighted(name, x, None, None))
+
+
 @pytest.mark.parametrize("name", ["median", "lower_median", 0.25, "max", "min"])
 def test_gradient_at_ties_is_shared_and_permutation_equivariant(name):
     x = jnp.array([[1.0], [1], [1], [1], [5], [-3], [1]])
