@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,32 +146,46 @@ class Quantifier(BaseEstimator):
 
         Args:
           X: numbers [n, *features].
-          y: labels of any type, [n], two examples of each class at least.
+          y: labels of any type, [n], two examples of each class at least, and enough
+            for every class to be in the share that `validation_fraction` sets aside.
 
         Raises:
-          ValueError: NaN or infinite values, lengths that differ, a class with one
-            example, or parameters out of range.
+          ValueError: NaN, infinite or immense values, lengths that differ, a class with
+            too few examples, or parameters out of range.
         """
         X, y = validate_data(self, X, y, allow_nd=True)
-        check_classification_targets(y)
-        self.classes_, labels = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
+        try:
+            check_classification_targets(y)
+            self.classes_, labels = np.unique(y, return_inverse=True)
+        except TypeError as error:
+            raise ValueError(f"y must hold labels of one type: {error}") from error
+        num_classes = len(self.classes_)
+        if num_classes < 2:
             raise ValueError(f"y must have two classes or more, not {self.classes_}")
+        held_out = math.ceil(self.validation_fraction * len(X))
+        if 0 < self.validation_fraction < 1 and held_out < num_classes:
+            raise ValueError(
+                f"validation_fraction sets {held_out} of {len(X)} examples aside, but "
+                f"there are {num_classes} classes: give more examples, or a larger one"
+            )
         train, validation = train_test_split(
             np.arange(len(X)),
             test_size=self.validation_fraction,
             stratify=labels,
             random_state=self.seed,
         )
+        self._set_normalization(X[train])
         splits = {
-            name: {"inputs": X[part], "labels": labels[part].astype(np.int32)}
+            name: {
+                "inputs": self._stored(X[part]),
+                "labels": labels[part].astype(np.int32),
+            }
             for name, part in (("train", train), ("validation", validation))
         }
-        self._set_normalization(X[train])
         learns_labels = hasattr(self._network(), "classify")
         return self._train(
             LabelledQuantification if learns_labels else Quantification,
-            data.Dataset(self._spec(splits), splits, self._shift, self._scale),
+            data.Dataset(self._spec(splits), splits, *self._stored_normalization),
             num_bags=256 if self.num_bags is None else self.num_bags,
             bag_size=self.bag_size,
             mixed_bags=self.mixed_bags,
@@ -181,7 +195,7 @@ class Quantifier(BaseEstimator):
         )
 
     def fit_bags(
-        self, bags: Sequence[np.ndarray], prevalences: np.ndarray
+        self, bags: Iterable[np.ndarray], prevalences: np.ndarray
     ) -> "Quantifier":
         """Learns from bags of which the prevalences are known, and no example's label.
 
@@ -190,10 +204,10 @@ class Quantifier(BaseEstimator):
           prevalences: [n, K], rows sum to one.
 
         Raises:
-          ValueError: NaN or infinite values, an empty bag, lengths or features that
-            differ, rows that are no prevalences, or parameters out of range.
+          ValueError: NaN, infinite or immense values, an empty bag, lengths or features
+            that differ, rows that are no prevalences, or parameters out of range.
         """
-        prevalences = check_array(prevalences, dtype=np.float32)
+        prevalences, bags = check_array(prevalences, dtype=np.float32), list(bags)
         if len(bags) != len(prevalences):
             raise ValueError(
                 "prevalences must have a row for each bag: there are "
@@ -216,7 +230,7 @@ class Quantifier(BaseEstimator):
             random_state=self.seed,
         )
         self._set_normalization(np.concatenate([checked[i] for i in train]))
-        padded, sizes = _pad_to_longest(checked)
+        padded, sizes = _pad_to_longest([self._stored(bag) for bag in checked])
         arrays = {"inputs": padded, "prevalence": prevalences}
         if sizes.min() < sizes.max():
             arrays["sizes"] = sizes
@@ -227,7 +241,7 @@ class Quantifier(BaseEstimator):
         mixes = self.mixed_bags and pools_linearly(self._network())
         return self._train(
             BagQuantification,
-            data.Bags(self._spec(splits), splits, self._shift, self._scale),
+            data.Bags(self._spec(splits), splits, *self._stored_normalization),
             num_bags=20 if self.num_bags is None else self.num_bags,
             mixer="exact" if self.mixed_bags else None,
             mixed_bags=self.mixed_bags if mixes else 0,
@@ -241,14 +255,17 @@ class Quantifier(BaseEstimator):
 
         Raises:
           NotFittedError: before `fit`.
-          ValueError: NaN, no example, or features of another number.
+          ValueError: NaN, infinite or immense values, no example, or features of
+            another number.
         """
         padded, count = pad(self._inputs(X))
         return np.asarray(_estimate(self.model_, self.variables_, padded, count))
 
-    def predict_bags(self, bags: Sequence[np.ndarray]) -> np.ndarray:
+    def predict_bags(self, bags: Iterable[np.ndarray]) -> np.ndarray:
         """Prevalences [n, K] of n bags, which may differ in size; see `predict`."""
-        return np.stack([self.predict(bag) for bag in bags])
+        check_is_fitted(self, "variables_")
+        estimates = [self.predict(bag) for bag in bags]
+        return np.array(estimates, np.float32).reshape(-1, len(self.classes_))
 
     def predict_interval(
         self,
@@ -285,21 +302,42 @@ class Quantifier(BaseEstimator):
 
     def _set_normalization(self, examples: np.ndarray) -> None:
         self._feature_shape = examples.shape[1:]
-        if examples.dtype == np.uint8 and examples.ndim == 4:
-            self._shift = self._scale = np.float32(127.5)
-            return
-        scaler = StandardScaler().fit(examples.reshape(len(examples), -1))
-        self._shift, self._scale = (
-            values.reshape(self._feature_shape).astype(np.float32)
-            for values in (scaler.mean_, scaler.scale_)
-        )
+        self._are_images = examples.dtype == np.uint8 and examples.ndim == 4
+        if not self._are_images:
+            scaler = StandardScaler().fit(
+                examples.reshape(len(examples), -1).astype(np.float64)
+            )
+            self._shift = scaler.mean_.reshape(self._feature_shape)
+            self._scale = scaler.scale_.reshape(self._feature_shape)
+
+    def _stored(self, X: np.ndarray) -> np.ndarray:
+        """Examples as the dataset keeps them: bytes of images, or standardised."""
+        if self._are_images:
+            return X
+        # In float64: of large numbers that differ little, float32 keeps no difference.
+        with np.errstate(over="ignore", invalid="ignore"):
+            standardised = (X.astype(np.float64) - self._shift) / self._scale
+            standardised = standardised.astype(np.float32)
+        if not np.isfinite(standardised).all():
+            raise ValueError(
+                "X holds values too large: standardised by the mean and the standard "
+                "deviation of the training examples they are beyond float32"
+            )
+        return standardised
+
+    @property
+    def _stored_normalization(self) -> tuple[np.float32, np.float32]:
+        """Shift and scale that make inputs of the network of what is stored."""
+        middle = np.float32(127.5)
+        return (middle, middle) if self._are_images else (np.float32(0), np.float32(1))
 
     def _inputs(self, X: np.ndarray) -> np.ndarray:
         """The examples of a bag as the network takes them."""
         check_is_fitted(self, "variables_")
         X = validate_data(self, X, reset=False, allow_nd=True)
         self._check_shape(X)
-        return (X.astype(np.float32) - self._shift) / self._scale
+        shift, scale = self._stored_normalization
+        return (self._stored(X).astype(np.float32) - shift) / scale
 
     def _check_shape(self, bag: np.ndarray) -> None:
         if bag.shape[1:] != self._feature_shape:

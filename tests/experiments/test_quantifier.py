@@ -165,6 +165,24 @@ def test_it_learns_from_bags_that_have_prevalences_alone():
     assert error < 0.08
 
 
+def test_an_offset_of_the_features_changes_nothing():
+    # In float32 all of them would be 1e8.
+    (X, labels), (bags, prevalences) = points(60), bags_of(10, [20])
+    for fit in (
+        lambda offset: small(num_steps=20).fit(X + offset, labels),
+        lambda offset: small(num_steps=20, num_bags=None).fit_bags(
+            (bag + offset for bag in bags), prevalences
+        ),
+    ):
+        expected = fit(0).predict_bags(bags)
+        found = fit(1e8).predict_bags(bag + 1e8 for bag in bags)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_no_bags_have_no_prevalences(fitted):
+    assert fitted.predict_bags([]).shape == (0, 3)
+
+
 def test_bags_as_given_and_joined_for_poolings_that_are_not_linear():
     bags, prevalences = bags_of(10, [8])
     estimates = [
@@ -224,6 +242,7 @@ def test_a_bag_before_the_fit():
         (np.zeros((3, 2, 2)), r"shape \(2,\) of those before them, not \(2, 2\)"),
         (np.full((3, 2), np.nan), "Input X contains NaN"),
         (np.full((3, 2), np.inf), "Input X contains infinity"),
+        (np.full((3, 2), 1e39), "X holds values too large"),
         (np.zeros((0, 2)), r"Found array with 0 sample\(s\)"),
         (np.zeros(2), "Expected 2D array, got 1D array"),
     ],
@@ -254,7 +273,9 @@ def test_a_wrong_interval_is_a_sentence(fitted, fields, part):
         (np.zeros((4, 2)), [0, 0, 1], "inconsistent numbers of samples"),
         (np.zeros((4, 2)), [0, 0, 0, 0], r"y must have two classes or more, not \[0\]"),
         (np.zeros((4, 2)), [0.5, 0.1, 0.2, 0.3], "Unknown label type"),
-        (np.zeros((4, 2)), [0, 0, 0, 1], "least populated class"),
+        (np.zeros((10, 2)), [0] * 9 + [1], "least populated class"),
+        (np.zeros((10, 2)), [0, 1, 2] * 3 + [0], "sets 2 of 10 .* there are 3 classes"),
+        (np.zeros((4, 2)), np.array(["a", "a", None, None]), "labels of one type"),
     ],
 )
 def test_wrong_examples_are_a_sentence(X, y, part):
