@@ -278,8 +278,12 @@ class _Reader:
 
     def _class_names(self) -> tuple[str, ...]:
         path = self._existing(self.public / "label_map.txt")
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read: {error}.") from error
         names = {}
-        for line in path.read_text(encoding="utf-8-sig").splitlines():
+        for line in lines:
             if line.strip():
                 *name, number = line.replace(",", " ").split()
                 if not number.isdecimal() or not name:
@@ -292,6 +296,8 @@ class _Reader:
             raise DataError(
                 f"{path}: the classes must be numbered from 0 without gaps."
             )
+        if len(set(names.values())) < len(names):
+            raise DataError(f"{path}: two classes have one name.")
         return tuple(names[number] for number in range(len(names)))
 
     def _samples(self, folder: str, count: int, archive: str) -> np.memmap:
@@ -447,18 +453,23 @@ class _Reader:
 
 
 def _read_table(file: Path, labelled: bool) -> np.ndarray:
-    with file.open(encoding="utf-8-sig") as stream:
-        header = [cell.strip() for cell in stream.readline().split(",")]
-        first = ["label"] if labelled else []
-        if header != [*first, *map(str, range(len(header) - len(first)))]:
-            raise DataError(
-                f"{file}: the header must be {','.join([*first, '0', '1', '...'])}, "
-                f"not {','.join(header)[:80]!r}."
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            header = [cell.strip() for cell in stream.readline().split(",")]
+            first = ["label"] if labelled else []
+            if header != [*first, *map(str, range(len(header) - len(first)))]:
+                raise DataError(
+                    f"{file}: the header must be "
+                    f"{','.join([*first, '0', '1', '...'])}, not "
+                    f"{','.join(header)[:80]!r}."
+                )
+            table = np.loadtxt(
+                stream, np.float32, comments=None, delimiter=",", ndmin=2
             )
-        try:
-            table = np.loadtxt(stream, np.float32, delimiter=",", ndmin=2)
-        except ValueError as error:
-            raise DataError(f"{file} cannot be read: {error}.") from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise DataError(f"{file} cannot be read: {error}.") from error
     if table.shape[1:] != (len(header),) or not len(table):
         raise DataError(
             f"{file} must hold lines of {len(header)} numbers, as its header says, but "

@@ -229,6 +229,8 @@ def damage(old, new):
         ("dev_samples/2.txt", lambda text: "", "2.txt: the header must be 0,1"),
         ("training_data.txt", damage("label", "class"), "header must be label,0,1"),
         ("training_data.txt", damage("\n", "\n7,1,1,1,1\n"), "between 0 and 2"),
+        ("dev_samples/2.txt", damage("\n", "\n1,1,2,3 # 4\n"), "2.txt cannot be read"),
+        ("label_map.txt", damage("class1 1", "class0 1"), "two classes have one name"),
         ("label_map.txt", damage(" 0", " zero"), "must hold a class's name and its"),
         ("label_map.txt", damage(" 0", " 5"), "must be numbered from 0"),
         ("dev_prevalences.txt", damage("id,0", "id,1"), "header must be id,0"),
@@ -243,6 +245,25 @@ def test_a_damaged_file_is_a_sentence(copied, name, change, message):
     path = copied / name
     path.write_text(change(path.read_text()))
     with pytest.raises(data.DataError, match=message):
+        load("T1B", copied.parents[1])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "training_data.txt",
+        "label_map.txt",
+        "dev_prevalences.txt",
+        "dev_samples/2.txt",
+    ],
+)
+def test_a_file_that_is_no_text_is_named(copied, name):
+    (copied / name).write_bytes(b"\x1f\x8b\xff\xfe")
+    with pytest.raises(data.DataError, match=f"{name} (cannot be read|is no csv file)"):
+        load("T1B", copied.parents[1])
+    (copied / name).unlink()
+    (copied / name).mkdir()
+    with pytest.raises(data.DataError, match=f"{name} cannot be read: .*directory"):
         load("T1B", copied.parents[1])
 
 
