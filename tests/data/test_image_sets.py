@@ -50,7 +50,7 @@ def test_labels_of_the_images_add_up(split, max_size, shared):
     assert batch["inputs"].shape == (50, max_size, 8, 8, 1)
     arrays = data.load("digits")
     known = {
-        np.asarray(data.normalize(image, arrays.shift, arrays.scale)).tobytes(): label
+        ((np.asarray(image, np.float32)) / 16).tobytes(): label
         for image, label in zip(*arrays.splits[split].values(), strict=True)
     }
     for inputs, mask, target in zip(
