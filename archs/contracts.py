@@ -17,7 +17,8 @@ AssertionError with the contract's name, the worst entry, and the difference bes
 the tolerance.
 
 Tolerances are relative to the largest value of a bag's output or, where a bag has one
-number, of all. By default they are
+number, of all; outputs of other magnitudes, such as sums beside means, are returned
+apart, as a tuple, of which each array is measured by itself. By default they are
 
     max(tolerance of the dtype, 5 u sqrt(m))
 
@@ -591,6 +592,11 @@ def _check_two_bags(inputs: jax.Array) -> None:
 
 def _orders(key: jax.Array, inputs: jax.Array, count: int) -> list[np.ndarray]:
     """The reversal, the sorted and `count` random orders, each [bag, element]."""
+    if not inputs.size:
+        raise ValueError(
+            "inputs must hold bags with elements to be permuted, but its shape is "
+            f"{inputs.shape}."
+        )
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     positions = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape[:2])
     first = np.asarray(inputs).reshape(*inputs.shape[:2], -1)[..., 0]

@@ -439,6 +439,25 @@ def test_an_undefined_empty_set_is_seen(f, sentence):
         contracts.assert_finite_on_empty_set(f, inputs)
 
 
+def test_small_outputs_beside_large_ones_are_measured_apart():
+    inputs, _ = bags()
+
+    def f(x, mask):
+        return 1e7 + x.mean(1), x[:, 0]
+
+    with pytest.raises(AssertionError, match="permutation invariance"):
+        contracts.assert_permutation_invariant(f, inputs, key=KEY)
+
+
+def test_nothing_to_permute_is_refused():
+    for contract in (
+        contracts.assert_permutation_invariant,
+        contracts.assert_permutation_equivariant,
+    ):
+        with pytest.raises(ValueError, match="bags with elements to be permuted"):
+            contract(lambda x, mask: x, jnp.ones((2, 0, 3)), key=KEY)
+
+
 @pytest.mark.parametrize(
     "contract",
     [contracts.assert_finite_on_empty_set, contracts.assert_batch_independent],
