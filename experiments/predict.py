@@ -1,9 +1,16 @@
-"""Prevalences of bags that a user brings, with bootstrap intervals."""
+"""Prevalences of bags that a user brings, with intervals.
+
+Bootstrap resamples of a bag say how far chance in its examples moves the estimate, not
+how far off the network is. Bags of validation, whose prevalences are known, say that:
+the intervals are made wider until they hold those.
+"""
 
 import csv
+import itertools
+import math
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +26,8 @@ from experiments.errors import UserError
 from experiments.tasks import BagQuantification, Quantification
 
 LEVEL = 0.95
+# Bags of validation that tell how wide intervals must be.
+CALIBRATION_BAGS = 100
 
 
 def predict(
@@ -33,8 +42,7 @@ def predict(
     """Writes a csv with a row per bag; returns the number of bags.
 
     The columns are `bag`, a prevalence per class under the class's name, and
-    `NAME_low`, `NAME_high`: the 95 % percentile interval over bags resampled with
-    replacement from the bag's own examples, see `confidence_box`.
+    `NAME_low`, `NAME_high`: the 95 % interval, see `interval` and `margin`.
 
     Args:
       task: the run's.
@@ -53,11 +61,23 @@ def predict(
     header = ["bag", *names]
     header += [f"{name}_{end}" for name in names for end in ("low", "high")]
     rows = []
+    key = jax.random.key(seed)
+    wider = margin(
+        task.model,
+        state.variables,
+        evaluation_bags(task, state, "validation"),
+        resamples,
+        key,
+        LEVEL,
+        joint,
+    )
     for index, (name, bag) in enumerate(_bags(task, state, source)):
-        key = jax.random.fold_in(jax.random.key(seed), index)
-        estimate, low, high = bag_interval(task, state, bag, resamples, key, joint)
-        interval = np.stack([low, high], axis=1).reshape(-1)
-        numbers = [f"{value:.6f}" for value in (*estimate, *interval)]
+        draws = jax.random.fold_in(key, index)
+        estimate, low, high = interval(
+            task.model, state.variables, bag, resamples, draws, LEVEL, joint, wider
+        )
+        ends = np.stack([low, high], axis=1).reshape(-1)
+        numbers = [f"{value:.6f}" for value in (*estimate, *ends)]
         rows.append([name, *numbers])
     if not rows:
         raise UserError(f"{source} holds no bag.")
@@ -70,28 +90,6 @@ def predict(
     return len(rows)
 
 
-def bag_interval(
-    task: Quantification | BagQuantification,
-    state: Any,
-    bag: np.ndarray,
-    resamples: int,
-    key: jax.Array,
-    joint: bool = False,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prevalences of one bag, and the ends of their bootstrap interval, each [K].
-
-    Args:
-      task: the run's.
-      state: the trained state.
-      bag: examples as the dataset has them, [element, *features].
-      resamples: number of bootstrap resamples.
-      key: of the resampling.
-      joint: see `confidence_box`.
-    """
-    bag = data.normalize(bag, task.dataset.shift, task.dataset.scale)
-    return interval(task.model, state.variables, bag, resamples, key, LEVEL, joint)
-
-
 def interval(
     model: nn.Module,
     variables: Mapping,
@@ -100,8 +98,12 @@ def interval(
     key: jax.Array,
     level: float,
     joint: bool = False,
+    wider: np.ndarray | float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prevalences of one bag, and the ends of their percentile interval, each [K].
+    """Prevalences of one bag, and the ends of their intervals, each [K].
+
+    The percentile interval over bags resampled with replacement from the bag's own
+    examples, see `confidence_box`, made wider at both ends.
 
     Args:
       model: a set network.
@@ -109,14 +111,57 @@ def interval(
       bag: examples as the model takes them, [element, *features].
       resamples: number of bootstrap resamples.
       key: of the resampling.
-      level: the share of the resamples that the interval holds.
+      level: the share of the resamples that the percentile interval holds.
       joint: see `confidence_box`.
+      wider: by how much at each end, see `margin`.
     """
     padded, count = pad(bag)
     draws = np.asarray(
         _bag_and_resamples(model, variables, padded, count, key, resamples)
     )
-    return draws[0], *confidence_box(draws[1:], level, joint)
+    low, high = confidence_box(draws[1:], level, joint)
+    return draws[0], np.maximum(low - wider, 0), np.minimum(high + wider, 1)
+
+
+def margin(
+    model: nn.Module,
+    variables: Mapping,
+    bags: Iterable[tuple[np.ndarray, np.ndarray]],
+    resamples: int,
+    key: jax.Array,
+    level: float,
+    joint: bool = False,
+) -> np.ndarray:
+    """How much wider intervals must be to hold the prevalences of known bags, [K].
+
+    The percentile intervals of n bags miss the prevalences in them by some distances,
+    in a class or, when joint, in the worst one; the margin is the
+    ceil((n + 1) level)-th smallest, 0 at least. Made wider by it, intervals hold the
+    prevalences in another bag of the kind (size and protocol) with a probability of
+    `level` or more, whatever the network, as far as it was not chosen by these bags.
+
+    Romano, Patterson and Candès, "Conformalized quantile regression", NeurIPS 2019.
+
+    Args:
+      model: see `interval`.
+      variables: see `interval`.
+      bags: examples as the model takes them and the prevalences in them [K], of which
+        the first `CALIBRATION_BAGS` are used.
+      resamples: see `interval`.
+      key: see `interval`.
+      level: see above.
+      joint: see above.
+    """
+    missed = []
+    for index, (bag, prevalence) in enumerate(itertools.islice(bags, CALIBRATION_BAGS)):
+        draws = jax.random.fold_in(key, index)
+        _, low, high = interval(model, variables, bag, resamples, draws, level, joint)
+        missed.append(np.maximum(low - prevalence, prevalence - high))
+    distances = np.array(missed)  # [bag, K]
+    if joint:
+        distances = np.broadcast_to(distances.max(1, keepdims=True), distances.shape)
+    rank = min(math.ceil((len(distances) + 1) * level), len(distances))
+    return np.maximum(np.sort(distances, axis=0)[rank - 1], 0)
 
 
 def confidence_box(
@@ -176,7 +221,7 @@ def _bags(
 ) -> Iterator[tuple[str, np.ndarray]]:
     spec = task.dataset.spec
     if source in ("validation", "test"):
-        for number, bag in enumerate(_evaluation_bags(task, state, source)):
+        for number, (bag, _) in enumerate(evaluation_bags(task, state, source)):
             yield str(number), bag
         return
     for name, bag in read_bags(Path(source), spec.feature_shape):
@@ -192,21 +237,45 @@ def _bags(
             raise UserError(f"{source}, bag {name} holds {bag.dtype}, not numbers.")
         if not np.isfinite(bag).all():
             raise UserError(f"{source}, bag {name} holds NaN or infinite values.")
-        yield name, bag
+        yield name, _normalize(task, bag)
 
 
-def _evaluation_bags(task: Any, state: Any, split: str) -> Iterator[np.ndarray]:
+def evaluation_bags(
+    task: Any, state: Any, split: str
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Bags of an evaluation, and the prevalences in them where they are known.
+
+    Args:
+      task: the run's.
+      state: a trained state.
+      split: "validation" or "test".
+
+    Yields:
+      Examples as the model takes them, [element, *features], and [K] or None.
+
+    Raises:
+      UserError: there are no bags of this split.
+    """
     if isinstance(task, Quantification):
         inputs = task.dataset.splits[split]["inputs"]
-        for indices in task.evaluation_bags(state, split)[0]:
-            yield inputs[indices]
+        indices, prevalences, _ = task.evaluation_bags(state, split)
+        for drawn, prevalence in zip(indices, prevalences, strict=True):
+            yield _normalize(task, inputs[drawn]), prevalence
         return
     if split not in task.dataset.splits:
         raise UserError(f"{task.dataset.spec.name} has no {split} bags.")
     bags = task.dataset.splits[split]
-    lengths = bags.get("sizes", [bags["inputs"].shape[1]] * len(bags["inputs"]))
-    for bag, length in zip(bags["inputs"], lengths, strict=True):
-        yield bag[:length]
+    count, longest = bags["inputs"].shape[:2]
+    lengths = bags.get("sizes", [longest] * count)
+    prevalences = bags.get("prevalence", [None] * count)
+    for bag, length, prevalence in zip(
+        bags["inputs"], lengths, prevalences, strict=True
+    ):
+        yield _normalize(task, bag[:length]), prevalence
+
+
+def _normalize(task: Any, bag: np.ndarray) -> jax.Array:
+    return data.normalize(bag, task.dataset.shift, task.dataset.scale)
 
 
 def read_bags(path: Path, feature_shape: tuple) -> Iterator[tuple[str, np.ndarray]]:

@@ -11,6 +11,7 @@ Training is that of `run.py`: the tasks `Quantification`, `LabelledQuantificatio
 import contextlib
 import dataclasses
 import io
+import itertools
 import logging
 import math
 import os
@@ -35,7 +36,14 @@ import data
 from experiments import config, loop
 from experiments.errors import UserError
 from experiments.optimizers import Optimizer
-from experiments.predict import LEVEL, interval, pad
+from experiments.predict import (
+    CALIBRATION_BAGS,
+    LEVEL,
+    evaluation_bags,
+    interval,
+    margin,
+    pad,
+)
 from experiments.progress import Progress
 from experiments.tasks.bag_quantification import BagQuantification
 from experiments.tasks.labelled_quantification import LabelledQuantification
@@ -274,18 +282,18 @@ class Quantifier(BaseEstimator):
         resamples: int = 200,
         joint: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Ends of a percentile interval of the prevalences, each [K].
+        """Ends of intervals that hold the prevalences of the bag, each [K].
 
-        The bag is resampled with replacement from its own examples: the interval says
-        how far chance in the bag's examples moves the estimate, not how good the
-        network is.
+        Percentiles of bags resampled with replacement from the bag's own examples, made
+        wider until those of the bags of validation hold the prevalences in them, see
+        `experiments.predict.margin`. The level is that of bags of their size, drawn
+        alike; the margin is computed at the first call with given arguments.
 
         Args:
           X: the examples of the bag, [element, *features].
-          level: the share of the resamples that the interval holds, in (0, 1).
+          level: the probability, in (0, 1).
           resamples: number of bootstrap resamples.
-          joint: whether the intervals of all classes hold that share at once, see
-            `experiments.predict.confidence_box`.
+          joint: whether it is that of all classes at once.
 
         Raises:
           NotFittedError, ValueError: see `predict`.
@@ -295,8 +303,14 @@ class Quantifier(BaseEstimator):
         if resamples < 1:
             raise ValueError(f"resamples must be 1 or more, not {resamples}")
         bag, key = self._inputs(X), jax.random.key(self.seed)
+        options = resamples, key, level, joint
+        asked = resamples, level, joint
+        if asked not in self._margins:
+            self._margins[asked] = margin(
+                self.model_, self.variables_, self._known_bags, *options
+            )
         _, low, high = interval(
-            self.model_, self.variables_, bag, resamples, key, level, joint
+            self.model_, self.variables_, bag, *options, self._margins[asked]
         )
         return low, high
 
@@ -420,6 +434,11 @@ class Quantifier(BaseEstimator):
             except loop.Interrupted as interruption:
                 raise KeyboardInterrupt(str(interruption)) from interruption
         self.model_, self.variables_ = network, state.variables
+        known = itertools.islice(
+            evaluation_bags(task, state, "validation"), CALIBRATION_BAGS
+        )
+        self._known_bags = [(np.asarray(bag), prevalence) for bag, prevalence in known]
+        self._margins: dict[tuple, np.ndarray] = {}
         return self
 
     @contextlib.contextmanager

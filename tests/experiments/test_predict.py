@@ -79,9 +79,8 @@ def test_bags_of_several_sizes(predicted, trained, digits, tmp_path):
         np.testing.assert_allclose(estimate, direct(trained, bag), atol=2e-6)
         assert estimate.sum() == pytest.approx(1, abs=1e-5)
         assert (vector(row, "_low") <= vector(row, "_high")).all()
-    # Of one example there is one resample.
-    np.testing.assert_allclose(vector(rows["one"], "_low"), vector(rows["one"]))
-    np.testing.assert_allclose(vector(rows["one"], "_high"), vector(rows["one"]))
+        for end in ("_low", "_high"):
+            assert (vector(row, end) >= 0).all() and (vector(row, end) <= 1).all()
 
 
 def test_one_array_with_an_axis_of_bags(predicted, trained, digits, tmp_path):
@@ -158,26 +157,33 @@ def test_the_same_command_gives_the_same_numbers(predicted):
     assert predicted("test") == predicted("test")
 
 
-def test_intervals_narrow_with_the_size_of_the_bag(trained, digits):
+def resampled_interval(trained, bag, resamples, key, **options):
     task, state = trained
+    inputs = data.normalize(bag, task.dataset.shift, task.dataset.scale)
+    return predict.interval(
+        task.model, state.variables, inputs, resamples, key, 0.95, **options
+    )
+
+
+def test_intervals_narrow_with_the_size_of_the_bag(trained, digits):
     rng = np.random.default_rng(0)
 
     def width(size):
         bag = digits["inputs"][rng.choice(len(digits["inputs"]), size)]
-        key = jax.random.key(size)
-        _, low, high = predict.bag_interval(task, state, bag, 200, key)
+        _, low, high = resampled_interval(trained, bag, 200, jax.random.key(size))
         return (high - low).mean()
 
     widths = [width(size) for size in (25, 100, 400)]
     # As one over the square root of the size.
     np.testing.assert_allclose(widths[0] / widths[1], 2, rtol=0.35)
     np.testing.assert_allclose(widths[1] / widths[2], 2, rtol=0.35)
+    assert width(1) == 0  # of one example there is one resample
 
 
 def test_intervals_are_quantiles_of_resampled_bags(trained, digits):
     task, state = trained
     bag = digits["inputs"][:40]
-    _, low, high = predict.bag_interval(task, state, bag, 400, jax.random.key(0))
+    _, low, high = resampled_interval(trained, bag, 400, jax.random.key(0))
     rng = np.random.default_rng(1)
     inputs = data.normalize(bag, task.dataset.shift, task.dataset.scale)
     resampled = jnp.asarray(inputs)[rng.integers(0, 40, (400, 40))]
@@ -186,6 +192,62 @@ def test_intervals_are_quantiles_of_resampled_bags(trained, digits):
     spread = (expected[1] - expected[0]).max()
     np.testing.assert_allclose(low, expected[0], atol=0.2 * spread)
     np.testing.assert_allclose(high, expected[1], atol=0.2 * spread)
+    _, lower, higher = resampled_interval(
+        trained, bag, 400, jax.random.key(0), wider=np.full(10, 0.03)
+    )
+    np.testing.assert_allclose(lower, np.maximum(low - 0.03, 0), atol=1e-6)
+    np.testing.assert_allclose(higher, np.minimum(high + 0.03, 1), atol=1e-6)
+
+
+class Biased:
+    """A quantifier of two classes: the mean of the elements and what it is short of."""
+
+    def apply(self, variables, inputs, mask=None, method=None):
+        if method != "aggregate":
+            return inputs
+        mean = jnp.where(mask, inputs[..., 0], 0).sum(1) / mask.sum(1)
+        shifted = jnp.clip(mean + variables["bias"], 0, 1)
+        return jnp.stack([shifted, 1 - shifted], -1)
+
+
+def known_bags(number, seed, size=64):
+    """Bags of elements 0 and 1 (with noise), and how much of each is in them."""
+    rng = np.random.default_rng(seed)
+    for _ in range(number):
+        ones = rng.binomial(size, rng.uniform(0.2, 0.8))
+        bag = np.arange(size) < ones
+        noisy = bag + rng.normal(0, 0.3)  # the same for all: no resample shows it
+        share = ones / size
+        yield noisy[:, None], np.array([share, 1 - share])
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["per class", "joint"])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_intervals_hold_the_prevalences_of_other_bags(joint, level):
+    model, variables = Biased(), {"bias": 0.1}
+    common = 50, jax.random.key(0), level, joint
+
+    wider = predict.margin(model, variables, known_bags(100, 0), *common)
+    assert wider.shape == (2,) and (wider > 0.05).all()
+
+    def coverage(wider):
+        inside = []
+        for bag, prevalence in known_bags(300, 1):
+            _, low, high = predict.interval(model, variables, bag, *common, wider)
+            inside.append((low <= prevalence) & (prevalence <= high))
+        inside = np.array(inside)
+        return (inside.all(1) if joint else inside.mean(1)).mean()
+
+    assert coverage(0.0) < 0.5
+    # Of 100 bags to measure by and 300 to be measured: five standard deviations.
+    assert abs(coverage(wider) - level) < 0.13
+
+
+def test_no_margin_where_intervals_are_wide_enough():
+    model, variables = Biased(), {"bias": 0.0}
+    bags = [(np.linspace(0, 1, 64)[:, None], np.array([0.5, 0.5]))] * 30
+    wider = predict.margin(model, variables, bags, 50, jax.random.key(0), 0.9)
+    np.testing.assert_array_equal(wider, [0, 0])
 
 
 @settings(max_examples=30)
@@ -213,13 +275,12 @@ def test_a_joint_region_is_no_wider_than_it_must_be():
 
 def test_joint_intervals_are_wider(predicted):
     alone, together = predicted("test"), predicted("test", "--joint")
+    widths = {"alone": [], "together": []}
     for name, row in alone.items():
-        low, high = vector(row, "_low"), vector(row, "_high")
-        joint = together[name]
-        np.testing.assert_array_equal(vector(row), vector(joint))
-        assert (vector(joint, "_low") <= low).all()
-        assert (vector(joint, "_high") >= high).all()
-        assert (vector(joint, "_high") > high).any()
+        np.testing.assert_array_equal(vector(row), vector(together[name]))
+        for key, ends in (("alone", row), ("together", together[name])):
+            widths[key].append(vector(ends, "_high") - vector(ends, "_low"))
+    assert np.mean(widths["together"]) > np.mean(widths["alone"])
 
 
 # Mistakes.
