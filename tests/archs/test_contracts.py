@@ -3,11 +3,13 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import archs
 from archs import contracts
 from archs.pooling import mean_pool, merge_aggregates, std_pool, sum_pool
 
@@ -562,3 +564,51 @@ def test_present_elements_are_real_and_weigh_something():
     assert contracts.present(mask, None) is mask
     assert contracts.present(None, weights).tolist() == [False, True, True]
     assert contracts.present(mask, weights).tolist() == [False, True, False]
+
+
+# What the networks learn.
+
+PHI, HEAD = archs.MLP((8,), 4), archs.MLP((8,), 3)
+NETWORKS = {
+    "DeepSets": archs.DeepSets(PHI, HEAD, ("mean", "max", "median")),
+    "EquivariantNetwork": archs.EquivariantNetwork(
+        archs.EquivariantLayer(4), head=HEAD, aggregation="mean"
+    ),
+    "SAB": archs.SetTransformer(HEAD, PHI, 8, 2, num_inducing_points=None),
+    "ISAB": archs.SetTransformer(HEAD, PHI, 8, 2, num_inducing_points=3),
+    "HistNetQ": archs.HistNetQ(
+        PHI, archs.LinearHistogram(4), archs.PrevalenceHead((8,), 3)
+    ),
+    "GMNet": archs.GMNet(
+        archs.PrevalenceHead((8,), 3),
+        num_spaces=2,
+        num_gaussians=4,
+        latent_size=2,
+        hidden_sizes=(6,),
+    ),
+    "EMQNet": archs.EMQNet(PHI, 3, num_steps=10),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_of_parameters_depend_on_no_order_and_no_padding(name):
+    inputs, mask = bags()
+    model = NETWORKS[name]
+    variables = jax.jit(model.init)(KEY, inputs)
+    params = variables.pop("params")
+
+    @jax.jit
+    def gradient(inputs, mask):
+        def loss(params):
+            out = model.apply({"params": params, **variables}, inputs, mask)
+            return jnp.sum(jnp.sin(3 * out))
+
+        return jax.grad(loss)(params)
+
+    expected = gradient(inputs, mask)
+    moved = gradient(inputs[:, ::-1], mask[:, ::-1])
+    padded = jnp.where(mask[..., None], inputs, jnp.nan)
+    for found in (moved, gradient(padded, mask)):
+        chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+    largest = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    assert largest > 1e-3

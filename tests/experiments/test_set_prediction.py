@@ -472,6 +472,8 @@ def num_parameters(variant, *shape):
         ("max_regression.py:deepsets_mean", (1,), 16_833),
         ("max_regression.py:set_transformer", (1,), 37_953),
         ("population_statistics.py:rotation", (2,), 13_081),
+        # The paper's diagonal scales; 101,520 with the one scale of the official code.
+        ("clustering.py:deepsets_mean", (2,), 101_520 + 4 * 129),
         # The official vocabulary has a padding and a ten besides the digits 1 to 9.
         ("digit_sum.py:text", (11,), 4161),
         # 784 x 300 x 100 x 30 x 1, with biases.
