@@ -227,7 +227,7 @@ class UniqueCharacters:
         if (self.shared_characters or 0) > len(arrays["train"]):
             raise DataError(
                 f"The train split has {len(arrays['train'])} characters, fewer than "
-                f"shared_characters, {self.shared_characters}."
+                f"shared_characters, {self.shared_characters}: lower it."
             )
         return arrays
 

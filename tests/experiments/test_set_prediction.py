@@ -436,6 +436,7 @@ def test_unique_characters_trains(tmp_path):
         "dataset.source_dir": str(tmp_path),
         "dataset.min_size": "2",
         "dataset.max_size": "4",
+        "dataset.shared_characters": "6",
         "dataset.image_size": "8",
         "dataset.validation_fraction": "0.3",
         "dataset.test_fraction": "0.3",
