@@ -26,7 +26,6 @@ from .pooling import merge_aggregates
 from .precision import widen
 
 
-@jax.custom_jvp
 def sparsemax(logits: jax.Array) -> jax.Array:
     """The nearest point of the simplex, `argmin_p |p - z|²`, on the last axis.
 
@@ -45,16 +44,21 @@ def sparsemax(logits: jax.Array) -> jax.Array:
     Returns:
       Of the shape and dtype of the logits.
     """
+    return _sparsemax(logits)
+
+
+@jax.custom_jvp
+def _sparsemax(logits: jax.Array) -> jax.Array:
     # Large logits would take digits from the threshold. What all have in common
     # changes nothing, and a class more than 1 behind another is absent.
     behind = jnp.maximum(logits - logits.max(-1, keepdims=True), -2)
     return jnp.vectorize(projection_simplex, signature="(k)->(k)")(behind)
 
 
-@sparsemax.defjvp
+@_sparsemax.defjvp
 def _sparsemax_jvp(primals, tangents):
     (tangent,) = tangents
-    return sparsemax(*primals), tangent - tangent.mean(-1, keepdims=True)
+    return _sparsemax(*primals), tangent - tangent.mean(-1, keepdims=True)
 
 
 OUTPUT_ACTIVATIONS = {"softmax": nn.softmax, "sparsemax": sparsemax}

@@ -82,12 +82,14 @@ def median_pool(
     """The median per feature; of an even number of elements the mean of the middle two.
 
     Weighted, with C(v) the weight of the elements up to v, it is the mean of the
-    smallest v with C(v) >= m/2 and the smallest with C(v) > m/2. Elements that tie
-    share the gradient evenly.
+    smallest v with C(v) >= m/2 and the smallest with C(v) > m/2; weights are rounded to
+    about 2^-30 of their sum (2^-60 in float64). Elements that tie share the gradient
+    evenly.
     """
     multiset = _Multiset(x, mask, weights)
     lower, upper = multiset.middle_ranks()
-    return (multiset.order_statistic(lower) + multiset.order_statistic(upper)) / 2
+    # Halved first: the sum may be beyond the dtype.
+    return multiset.order_statistic(lower) / 2 + multiset.order_statistic(upper) / 2
 
 
 def lower_median_pool(
@@ -487,7 +489,8 @@ class _Multiset:
 
     Sums of whole numbers do not depend on their order, those of floating-point weights
     do: an element in the middle could be chosen by rounding. A weight of 1 is
-    2^shift parts, as many as leave the sum of all below 2^30; without weights one.
+    2^shift parts, so many that the sum of all has about 30 bits (60 in float64);
+    positive weights have one part at least. Without weights an element is one part.
     """
 
     def __init__(
@@ -497,20 +500,28 @@ class _Multiset:
         self.x = x if real is None else jnp.where(_real(x, real), x, 0)
         self.real = _real(x, real)  # [..., element, 1]
         self.weights = self.parts = None
-        self.shift = 0
-        if weights is not None:
-            self.weights = _clean_weights(x, mask, weights)
-            exact = jax.lax.stop_gradient(self.weights)
-            number = _count(x, real).astype(wide_dtype(x))[..., None, :]
-            _, below = jnp.frexp(number)
-            _, largest = jnp.frexp(exact.max(-2, keepdims=True, initial=0))
-            self.shift = 30 - below - largest  # [..., 1, 1]
-            self.parts = jnp.round(jnp.ldexp(exact, self.shift)).astype(jnp.int32)
+        self.integer = jnp.int32
+        if weights is None:
+            return
+        self.weights = _clean_weights(x, mask, weights)
+        exact = jax.lax.stop_gradient(self.weights)
+        bits = 30
+        if exact.dtype == jnp.float64:
+            bits, self.integer = 60, jnp.int64
+        # First parts so large that all elements could have the largest weight, then
+        # as small as their number allows.
+        number = _count(x, real)[..., None, :]
+        room = bits - _num_bits(number) - _num_bits(exact.max(-2, keepdims=True))
+        coarse = jnp.ceil(jnp.ldexp(exact, room)).astype(self.integer)
+        total = jnp.sum(coarse, axis=-2, keepdims=True, dtype=self.integer)
+        self.shift = bits + room - _num_bits(total)  # [..., 1, 1]
+        parts = jnp.round(jnp.ldexp(exact, self.shift))
+        self.parts = jnp.where(self.real, jnp.maximum(parts, 1), 0).astype(self.integer)
 
     def count(self) -> jax.Array:
-        """The parts of all elements, int32 [..., 1]."""
+        """The parts of all elements, integer [..., 1]."""
         parts = self.real if self.parts is None else self.parts
-        return jnp.sum(parts, axis=-2, dtype=jnp.int32)
+        return jnp.sum(parts, axis=-2, dtype=self.integer)
 
     def size(self) -> jax.Array:
         """The sum of the weights, floating [..., 1]."""
@@ -519,8 +530,12 @@ class _Multiset:
 
     def in_parts(self, rank: jax.Array) -> jax.Array:
         """Ranks [..., 1] among elements of weight 1, as ranks among parts."""
-        parts = rank if self.parts is None else jnp.ldexp(rank, self.shift[..., 0])
-        return jnp.minimum(parts, 2**30).astype(jnp.int32)
+        if self.parts is not None:
+            rank = jnp.ldexp(rank, self.shift[..., 0])
+        # The last one may have been rounded up to the number of parts.
+        last = jnp.maximum(self.count() - 1, 0)
+        most = last.astype(rank.dtype)
+        return jnp.minimum(jnp.minimum(rank, most).astype(self.integer), last)
 
     def middle_ranks(self) -> tuple[jax.Array, jax.Array]:
         """The ranks of the lower and the upper of the middle parts, each [..., 1]."""
@@ -536,6 +551,14 @@ class _Multiset:
             self.x, self.real, self.weights, self.parts, rank[..., None, :], bandwidth
         )
         return jnp.where(jnp.any(self.real, axis=-2), chosen, 0)
+
+
+def _num_bits(x: jax.Array) -> jax.Array:
+    """The smallest b with x < 2^b, int32; of x >= 0."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        # Rounded to floating-point numbers an integer is at most its next power of two.
+        x = x.astype(jnp.float32)
+    return jnp.frexp(x)[1]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5,))
@@ -562,7 +585,7 @@ def _select(
         candidate = answer | (keys.dtype.type(1) << (bits - 1 - i).astype(keys.dtype))
         smaller = keys < candidate
         counted = smaller if parts is None else jnp.where(smaller, parts, 0)
-        below = jnp.sum(counted, axis=-2, keepdims=True, dtype=jnp.int32)
+        below = jnp.sum(counted, axis=-2, keepdims=True, dtype=rank.dtype)
         return jnp.where(below <= rank, candidate, answer)
 
     start = jnp.zeros((*x.shape[:-2], 1, x.shape[-1]), keys.dtype)

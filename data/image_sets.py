@@ -52,7 +52,8 @@ class ImageDigitSums:
     shared_images: int | None = None
 
     def __post_init__(self):
-        check_sizes(shared_images=self.shared_images or 1)
+        if self.shared_images is not None:
+            check_sizes(shared_images=self.shared_images)
         check_sizes(max_size=self.max_size)
         check_sizes(test_max_size=self.test_max_size)
         if self.num_deformed < 0:
@@ -75,15 +76,17 @@ class ImageDigitSums:
         splits = dict(self._dataset.splits)
         images, labels = splits["train"]["inputs"], splits["train"]["labels"]
         # In the host's memory, and a part at a time: there may be millions.
-        parts = [images]
+        copies = np.empty((1 + self.num_deformed, *images.shape), images.dtype)
+        copies[0] = images
         for copy in range(self.num_deformed):
             key = jax.random.fold_in(jax.random.key(0), copy)
-            for part in range(0, len(images), DEFORMED_AT_ONCE):
-                chunk = images[part : part + DEFORMED_AT_ONCE].astype(np.float32)
-                deformed = _deform(jax.random.fold_in(key, part), chunk)
-                parts.append(np.asarray(jnp.round(deformed)).astype(images.dtype))
+            for start in range(0, len(images), DEFORMED_AT_ONCE):
+                part = slice(start, start + DEFORMED_AT_ONCE)
+                chunk = images[part].astype(np.float32)
+                deformed = _deform(jax.random.fold_in(key, start), chunk)
+                copies[1 + copy, part] = np.asarray(jnp.round(deformed))
         splits["train"] = {
-            "inputs": np.concatenate(parts),
+            "inputs": copies.reshape(-1, *images.shape[1:]),
             "labels": np.tile(labels, 1 + self.num_deformed),
         }
         return jax.tree.map(jnp.asarray, splits)
@@ -172,7 +175,8 @@ class UniqueCharacters:
 
     def __post_init__(self):
         check_sizes(min_size=self.min_size, max_size=self.max_size)
-        if (self.shared_characters or self.max_size) < self.max_size:
+        shared = self.shared_characters
+        if shared is not None and shared < self.max_size:
             raise ValueError(
                 f"shared_characters must be at least max_size, {self.max_size}, not "
                 f"{self.shared_characters}"

@@ -281,7 +281,8 @@ class _Reader:
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read: {error}.") from error
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{path} cannot be read: {reason}.") from error
         names = {}
         for line in lines:
             if line.strip():

@@ -10,7 +10,7 @@ import itertools
 import math
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ def predict(
     """Writes a csv with a row per bag; returns the number of bags.
 
     The columns are `bag`, a prevalence per class under the class's name, and
-    `NAME_low`, `NAME_high`: the 95 % interval, see `interval` and `margin`.
+    `NAME_low`, `NAME_high`: the 95 % interval, see `interval` and `margin`. (Those of
+    the first bags of validation hold by construction.)
 
     Args:
       task: the run's.
@@ -61,17 +62,12 @@ def predict(
     header = ["bag", *names]
     header += [f"{name}_{end}" for name in names for end in ("low", "high")]
     rows = []
-    key = jax.random.key(seed)
-    wider = margin(
-        task.model,
-        state.variables,
-        evaluation_bags(task, state, "validation"),
-        resamples,
-        key,
-        LEVEL,
-        joint,
-    )
+    key, wider = jax.random.key(seed), None
     for index, (name, bag) in enumerate(_bags(task, state, source)):
+        if wider is None:  # Not before the first bag: there may be none to be read.
+            known = _known_bags(task, state, "validation")
+            common = resamples, key, LEVEL, joint
+            wider = margin(task.model, state.variables, known, *common)
         draws = jax.random.fold_in(key, index)
         estimate, low, high = interval(
             task.model, state.variables, bag, resamples, draws, LEVEL, joint, wider
@@ -126,7 +122,7 @@ def interval(
 def margin(
     model: nn.Module,
     variables: Mapping,
-    bags: Iterable[tuple[np.ndarray, np.ndarray]],
+    bags: Iterable[tuple[jax.Array, np.ndarray]],
     resamples: int,
     key: jax.Array,
     level: float,
@@ -136,9 +132,10 @@ def margin(
 
     The percentile intervals of n bags miss the prevalences in them by some distances,
     in a class or, when joint, in the worst one; the margin is the
-    ceil((n + 1) level)-th smallest, 0 at least. Made wider by it, intervals hold the
-    prevalences in another bag of the kind (size and protocol) with a probability of
-    `level` or more, whatever the network, as far as it was not chosen by these bags.
+    ceil((n + 1) level)-th smallest, 0 at least, and 1 where there are fewer (19 bags
+    are needed at 95 %). Made wider by it, intervals hold the prevalences in another bag
+    of the kind (size and protocol) with a probability of `level` or more, whatever the
+    network, as far as it was not chosen by these bags.
 
     Romano, Patterson and Candès, "Conformalized quantile regression", NeurIPS 2019.
 
@@ -160,7 +157,9 @@ def margin(
     distances = np.array(missed)  # [bag, K]
     if joint:
         distances = np.broadcast_to(distances.max(1, keepdims=True), distances.shape)
-    rank = min(math.ceil((len(distances) + 1) * level), len(distances))
+    rank = math.ceil((len(distances) + 1) * level)
+    if rank > len(distances):
+        return np.ones(distances.shape[1:])
     return np.maximum(np.sort(distances, axis=0)[rank - 1], 0)
 
 
@@ -218,10 +217,10 @@ def _bag_and_resamples(model, variables, bag, count, key, resamples) -> jax.Arra
 
 def _bags(
     task: Quantification | BagQuantification, state: Any, source: str
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, jax.Array]]:
     spec = task.dataset.spec
     if source in ("validation", "test"):
-        for number, (bag, _) in enumerate(evaluation_bags(task, state, source)):
+        for number, (bag, _) in enumerate(_known_bags(task, state, source)):
             yield str(number), bag
         return
     for name, bag in read_bags(Path(source), spec.feature_shape):
@@ -242,36 +241,40 @@ def _bags(
 
 def evaluation_bags(
     task: Any, state: Any, split: str
-) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Bags of an evaluation, and the prevalences in them where they are known.
+) -> tuple[np.ndarray, Sequence, Sequence]:
+    """The bags of an evaluation.
 
     Args:
       task: the run's.
       state: a trained state.
       split: "validation" or "test".
 
-    Yields:
-      Examples as the model takes them, [element, *features], and [K] or None.
+    Returns:
+      Inputs as the dataset has them; of each bag what selects its examples among them,
+      and its prevalences [K], or None where they are not known.
 
     Raises:
       UserError: there are no bags of this split.
     """
     if isinstance(task, Quantification):
-        inputs = task.dataset.splits[split]["inputs"]
         indices, prevalences, _ = task.evaluation_bags(state, split)
-        for drawn, prevalence in zip(indices, prevalences, strict=True):
-            yield _normalize(task, inputs[drawn]), prevalence
-        return
+        return task.dataset.splits[split]["inputs"], indices, prevalences
     if split not in task.dataset.splits:
         raise UserError(f"{task.dataset.spec.name} has no {split} bags.")
     bags = task.dataset.splits[split]
     count, longest = bags["inputs"].shape[:2]
-    lengths = bags.get("sizes", [longest] * count)
-    prevalences = bags.get("prevalence", [None] * count)
-    for bag, length, prevalence in zip(
-        bags["inputs"], lengths, prevalences, strict=True
-    ):
-        yield _normalize(task, bag[:length]), prevalence
+    sizes = bags.get("sizes", [longest] * count)
+    selections = [(number, slice(size)) for number, size in enumerate(sizes)]
+    return bags["inputs"], selections, bags.get("prevalence", [None] * count)
+
+
+def _known_bags(
+    task: Any, state: Any, split: str
+) -> Iterator[tuple[jax.Array, np.ndarray | None]]:
+    """The bags of an evaluation as the model takes them, and their prevalences."""
+    inputs, selections, prevalences = evaluation_bags(task, state, split)
+    for selection, prevalence in zip(selections, prevalences, strict=True):
+        yield _normalize(task, inputs[selection]), prevalence
 
 
 def _normalize(task: Any, bag: np.ndarray) -> jax.Array:

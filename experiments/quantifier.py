@@ -11,7 +11,6 @@ Training is that of `run.py`: the tasks `Quantification`, `LabelledQuantificatio
 import contextlib
 import dataclasses
 import io
-import itertools
 import logging
 import math
 import os
@@ -106,6 +105,8 @@ class Quantifier(BaseEstimator):
       n_features_in_: length of the second axis of the examples.
       model_: the network.
       variables_: its parameters.
+
+    The examples of validation are kept, too: intervals are measured by them.
     """
 
     def __init__(
@@ -167,21 +168,20 @@ class Quantifier(BaseEstimator):
             self.classes_, labels = np.unique(y, return_inverse=True)
         except TypeError as error:
             raise ValueError(f"y must hold labels of one type: {error}") from error
-        num_classes = len(self.classes_)
-        if num_classes < 2:
+        if len(self.classes_) < 2:
             raise ValueError(f"y must have two classes or more, not {self.classes_}")
-        held_out = math.ceil(self.validation_fraction * len(X))
-        if 0 < self.validation_fraction < 1 and held_out < num_classes:
-            raise ValueError(
-                f"validation_fraction sets {held_out} of {len(X)} examples aside, but "
-                f"there are {num_classes} classes: give more examples, or a larger one"
+        try:
+            train, validation = train_test_split(
+                np.arange(len(X)),
+                test_size=self.validation_fraction,
+                stratify=labels,
+                random_state=self.seed,
             )
-        train, validation = train_test_split(
-            np.arange(len(X)),
-            test_size=self.validation_fraction,
-            stratify=labels,
-            random_state=self.seed,
-        )
+        except ValueError as error:
+            raise ValueError(
+                f"validation_fraction, {self.validation_fraction}, of the {len(X)} "
+                f"examples of {len(self.classes_)} classes cannot be set aside: {error}"
+            ) from error
         self._set_normalization(X[train])
         splits = {
             name: {
@@ -287,7 +287,8 @@ class Quantifier(BaseEstimator):
         Percentiles of bags resampled with replacement from the bag's own examples, made
         wider until those of the bags of validation hold the prevalences in them, see
         `experiments.predict.margin`. The level is that of bags of their size, drawn
-        alike; the margin is computed at the first call with given arguments.
+        alike, and needs 19 of them at 95 % to be less than everything. The margin is
+        computed at the first call with given arguments.
 
         Args:
           X: the examples of the bag, [element, *features].
@@ -303,14 +304,14 @@ class Quantifier(BaseEstimator):
         if resamples < 1:
             raise ValueError(f"resamples must be 1 or more, not {resamples}")
         bag, key = self._inputs(X), jax.random.key(self.seed)
-        options = resamples, key, level, joint
-        asked = resamples, level, joint
+        common = resamples, key, level, joint
+        asked = resamples, self.seed, level, joint
         if asked not in self._margins:
             self._margins[asked] = margin(
-                self.model_, self.variables_, self._known_bags, *options
+                self.model_, self.variables_, self._known_bags(), *common
             )
         _, low, high = interval(
-            self.model_, self.variables_, bag, *options, self._margins[asked]
+            self.model_, self.variables_, bag, *common, self._margins[asked]
         )
         return low, high
 
@@ -326,18 +327,19 @@ class Quantifier(BaseEstimator):
 
     def _stored(self, X: np.ndarray) -> np.ndarray:
         """Examples as the dataset keeps them: bytes of images, or standardised."""
-        if self._are_images:
+        if self._are_images and X.dtype == np.uint8:
             return X
-        # In float64: of large numbers that differ little, float32 keeps no difference.
         with np.errstate(over="ignore", invalid="ignore"):
-            standardised = (X.astype(np.float64) - self._shift) / self._scale
-            standardised = standardised.astype(np.float32)
-        if not np.isfinite(standardised).all():
+            if not self._are_images:
+                # Of large numbers that differ little, float32 keeps no difference.
+                X = (X.astype(np.float64) - self._shift) / self._scale
+            stored = X.astype(np.float32)
+        if not np.isfinite(stored).all():
             raise ValueError(
-                "X holds values too large: standardised by the mean and the standard "
-                "deviation of the training examples they are beyond float32"
+                "X holds values too large: as the network takes them (standardised by "
+                "the training examples, unless they are images) they are beyond float32"
             )
-        return standardised
+        return stored
 
     @property
     def _stored_normalization(self) -> tuple[np.float32, np.float32]:
@@ -350,8 +352,17 @@ class Quantifier(BaseEstimator):
         check_is_fitted(self, "variables_")
         X = validate_data(self, X, reset=False, allow_nd=True)
         self._check_shape(X)
+        return self._normalize(self._stored(X))
+
+    def _normalize(self, stored: np.ndarray) -> np.ndarray:
         shift, scale = self._stored_normalization
-        return (self._stored(X).astype(np.float32) - shift) / scale
+        return (stored.astype(np.float32) - shift) / scale
+
+    def _known_bags(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Bags of validation as the network takes them, and their prevalences."""
+        inputs, drawn, prevalences = self._validation
+        for elements, prevalence in zip(drawn, prevalences, strict=True):
+            yield self._normalize(inputs[elements]), prevalence
 
     def _check_shape(self, bag: np.ndarray) -> None:
         if bag.shape[1:] != self._feature_shape:
@@ -434,10 +445,12 @@ class Quantifier(BaseEstimator):
             except loop.Interrupted as interruption:
                 raise KeyboardInterrupt(str(interruption)) from interruption
         self.model_, self.variables_ = network, state.variables
-        known = itertools.islice(
-            evaluation_bags(task, state, "validation"), CALIBRATION_BAGS
+        inputs, drawn, prevalences = evaluation_bags(task, state, "validation")
+        self._validation = (
+            inputs,
+            drawn[:CALIBRATION_BAGS],
+            prevalences[:CALIBRATION_BAGS],
         )
-        self._known_bags = [(np.asarray(bag), prevalence) for bag, prevalence in known]
         self._margins: dict[tuple, np.ndarray] = {}
         return self
 

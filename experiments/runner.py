@@ -36,7 +36,7 @@ python run.py --mode=predict --workdir=DIR --bags=FILE.npz|FILE.csv|validation|t
 train    trains, or resumes from the latest checkpoint in the workdir, evaluates on the
          test split and writes report.html
 eval     evaluates the best checkpoint on the test split and writes report.html anew
-predict  writes the prevalences of bags, with bootstrap intervals, to --output
+predict  writes the prevalences of bags, with 95 % intervals, to --output
 """
 
 

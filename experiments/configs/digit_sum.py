@@ -25,7 +25,7 @@ def get_config(variant: str = "text") -> ConfigDict:
         config.dataset = dict(name="DigitSums")
         layer = dict(name="MLP", hidden_sizes=(), features=30)
         phi = dict(name="Embedding", encoder=layer, embedding_size=100)
-        num_steps, num_sets = 8000, 128
+        num_steps, num_sets, every = 8000, 128, 500
     else:
         config.dataset = dict(
             name="ImageDigitSums",
@@ -34,7 +34,7 @@ def get_config(variant: str = "text") -> ConfigDict:
             shared_images=512,
         )
         layer = phi = dict(name="MLP", hidden_sizes=(300, 100), features=30)
-        num_steps, num_sets = 200_000, 2048
+        num_steps, num_sets, every = 200_000, 2048, 5000
     layer.update(activation="tanh", activate_output=True)
     config.model = dict(
         name="DeepSets",
@@ -49,7 +49,6 @@ def get_config(variant: str = "text") -> ConfigDict:
         test_sets=10_000,
     )
     config.optimizer = dict(name="adam", learning_rate=1e-3, schedule="cosine")
-    every = num_steps // 40 if variant == "mnist" else 500
     config.training = dict(
         num_steps=num_steps, steps_per_call=50, log_every=every, eval_every=every
     )

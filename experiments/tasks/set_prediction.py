@@ -57,7 +57,8 @@ class SetDataset(Protocol):
           "target" [set, ...], and what else the objective needs. Sets of the train
           split that share elements may have, instead of "inputs", "elements" float32
           [n, *feature_shape], of which each is encoded once, and "indices" int32 [set,
-          element].
+          element]. Dropout and batch statistics of the encoder then act on an element,
+          whatever number of sets it is in.
         """
 
 
@@ -122,7 +123,7 @@ class SetPrediction(objectives.ObjectiveTask):
     ) -> tuple[supervised.TrainState, dict]:
         """One update; see `loop.Task`."""
         step = super().train_step
-        if not hasattr(self.dataset, "size_buckets"):
+        if not hasattr(self.dataset, "size_buckets") or "elements" in batch:
             return step(state, batch, key)
         size = batch["mask"].sum(1).max()
         options = self.dataset.size_buckets
@@ -159,6 +160,8 @@ class SetPrediction(objectives.ObjectiveTask):
         inputs, mask = (np.asarray(argument) for argument in self.arguments(batch))
         elements = inputs[mask][:32]
         size = len(elements) // 2
+        if not size:
+            return
         inputs = elements[: 2 * size].reshape(2, size, *elements.shape[1:])  # two sets
 
         @jax.jit
@@ -234,7 +237,7 @@ def _encode_once(
     *,
     train: bool = False,
 ) -> Any:
-    """The model's output on sets `elements[indices]`; elements [n, *features]."""
+    """The set network's output on sets `elements[indices]`; elements [n, *features]."""
     features = model.encode(elements[None], train=train)[0]
     representation = model.aggregate(features[indices], mask, train=train)
     return model.decode(representation, train=train)

@@ -215,6 +215,41 @@ def test_order_statistics_of_any_weights_depend_on_no_order(name, scale):
     np.testing.assert_array_equal(out, found)
 
 
+@pytest.mark.parametrize(
+    ("size", "heavy"), [(65_536, 30_000), (33_000, 32_000), (4096, 2**18)]
+)
+@pytest.mark.parametrize(("name", "quantile"), [("median", 0.5), (0.005, 0.005)])
+def test_a_heavy_element_among_many_light_ones(size, heavy, name, quantile):
+    x = np.arange(size, dtype=np.float32)
+    weights = np.where(x < size - 1, 1, np.float32(heavy))
+    found = weighted(name, x[:, None], None, weights)
+    expected = np.quantile(np.repeat(x, weights.astype(int)), quantile)
+    np.testing.assert_allclose(found, [expected], rtol=1e-5)
+
+
+def test_the_lightest_element_is_there():
+    x, weights = np.array([[1.0], [2], [3]], "f"), np.array([1e-12, 1, 1], "f")
+    assert pooling.quantile_pool(x, None, weights, quantile=0.0) == 1
+
+
+def test_float64_weights_are_told_apart():
+    with jax.enable_x64(True):
+        x = jnp.arange(2000.0, dtype=jnp.float64)[:, None]
+        w = jnp.ones(2000, jnp.float64).at[:1000].add(1e-7)
+        assert weighted("median", x, None, w) == 999
+
+
+def test_quantiles_of_more_elements_than_float32_can_count():
+    x = jnp.zeros((2**24 + 4, 1))
+    assert pooling.quantile_pool(x, quantile=1.0) == 0
+
+
+def test_median_of_the_largest_numbers_is_finite():
+    for dtype in (jnp.float16, jnp.float32):
+        top = jnp.finfo(dtype).max
+        assert pooling.median_pool(jnp.full((2, 1), top, dtype)) == top
+
+
 @pytest.mark.parametrize("weight", [0.1, 1 / 3, 0.7, 1e30, 1e-30])
 def test_median_of_equal_weights_is_that_without(weight):
     x = jax.random.normal(jax.random.key(0), (50, 8, 2))

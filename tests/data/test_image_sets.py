@@ -198,8 +198,11 @@ def test_shared_characters_are_varied_as_one_set(omniglot):
 def test_more_shared_characters_than_there_are_is_refused(omniglot):
     with pytest.raises(data.DataError, match="has 8 characters, fewer than .* 9"):
         _ = characters(omniglot, shared_characters=9).arrays
-    with pytest.raises(ValueError, match="at least max_size, 5, not 4"):
-        characters(omniglot, shared_characters=4)
+    for shared in (0, 4):
+        with pytest.raises(ValueError, match=f"at least max_size, 5, not {shared}"):
+            characters(omniglot, shared_characters=shared)
+    with pytest.raises(ValueError, match="shared_images must be 1 or more, not 0"):
+        data.ImageDigitSums("digits", shared_images=0)
 
 
 def test_only_images_of_the_train_split_are_varied(omniglot):

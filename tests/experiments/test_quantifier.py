@@ -274,7 +274,11 @@ def test_a_wrong_interval_is_a_sentence(fitted, fields, part):
         (np.zeros((4, 2)), [0, 0, 0, 0], r"y must have two classes or more, not \[0\]"),
         (np.zeros((4, 2)), [0.5, 0.1, 0.2, 0.3], "Unknown label type"),
         (np.zeros((10, 2)), [0] * 9 + [1], "least populated class"),
-        (np.zeros((10, 2)), [0, 1, 2] * 3 + [0], "sets 2 of 10 .* there are 3 classes"),
+        (
+            np.zeros((10, 2)),
+            [0, 1, 2] * 3 + [0],
+            "of the 10 examples of 3 classes cannot",
+        ),
         (np.zeros((4, 2)), np.array(["a", "a", None, None]), "labels of one type"),
     ],
 )
