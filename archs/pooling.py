@@ -496,7 +496,7 @@ class _Multiset:
     def __init__(
         self, x: jax.Array, mask: jax.Array | None, weights: jax.Array | None
     ) -> None:
-        real = present(mask, weights)
+        self.present = real = present(mask, weights)
         self.x = x if real is None else jnp.where(_real(x, real), x, 0)
         self.real = _real(x, real)  # [..., element, 1]
         self.weights = self.parts = None
@@ -550,7 +550,7 @@ class _Multiset:
         chosen = _select(
             self.x, self.real, self.weights, self.parts, rank[..., None, :], bandwidth
         )
-        return jnp.where(jnp.any(self.real, axis=-2), chosen, 0)
+        return _unless_empty(chosen, self.x, self.present, None)
 
 
 def _num_bits(x: jax.Array) -> jax.Array:

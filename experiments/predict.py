@@ -65,7 +65,9 @@ def predict(
     key, wider = jax.random.key(seed), None
     for index, (name, bag) in enumerate(_bags(task, state, source)):
         if wider is None:  # Not before the first bag: there may be none to be read.
-            known = _known_bags(task, state, "validation")
+            known = normalized_bags(
+                *evaluation_bags(task, state, "validation"), *_normalization(task)
+            )
             common = resamples, key, LEVEL, joint
             wider = margin(task.model, state.variables, known, *common)
         draws = jax.random.fold_in(key, index)
@@ -220,7 +222,10 @@ def _bags(
 ) -> Iterator[tuple[str, jax.Array]]:
     spec = task.dataset.spec
     if source in ("validation", "test"):
-        for number, (bag, _) in enumerate(_known_bags(task, state, source)):
+        bags = normalized_bags(
+            *evaluation_bags(task, state, source), *_normalization(task)
+        )
+        for number, (bag, _) in enumerate(bags):
             yield str(number), bag
         return
     for name, bag in read_bags(Path(source), spec.feature_shape):
@@ -236,7 +241,11 @@ def _bags(
             raise UserError(f"{source}, bag {name} holds {bag.dtype}, not numbers.")
         if not np.isfinite(bag).all():
             raise UserError(f"{source}, bag {name} holds NaN or infinite values.")
-        yield name, _normalize(task, bag)
+        yield name, data.normalize(bag, *_normalization(task))
+
+
+def _normalization(task: Any) -> tuple[np.ndarray, np.ndarray]:
+    return task.dataset.shift, task.dataset.scale
 
 
 def evaluation_bags(
@@ -268,17 +277,16 @@ def evaluation_bags(
     return bags["inputs"], selections, bags.get("prevalence", [None] * count)
 
 
-def _known_bags(
-    task: Any, state: Any, split: str
+def normalized_bags(
+    inputs: np.ndarray,
+    selections: Sequence,
+    prevalences: Sequence,
+    shift: np.ndarray,
+    scale: np.ndarray,
 ) -> Iterator[tuple[jax.Array, np.ndarray | None]]:
-    """The bags of an evaluation as the model takes them, and their prevalences."""
-    inputs, selections, prevalences = evaluation_bags(task, state, split)
+    """Bags of `evaluation_bags` as the model takes them, and their prevalences."""
     for selection, prevalence in zip(selections, prevalences, strict=True):
-        yield _normalize(task, inputs[selection]), prevalence
-
-
-def _normalize(task: Any, bag: np.ndarray) -> jax.Array:
-    return data.normalize(bag, task.dataset.shift, task.dataset.scale)
+        yield data.normalize(inputs[selection], shift, scale), prevalence
 
 
 def read_bags(path: Path, feature_shape: tuple) -> Iterator[tuple[str, np.ndarray]]:

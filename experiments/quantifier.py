@@ -41,6 +41,7 @@ from experiments.predict import (
     evaluation_bags,
     interval,
     margin,
+    normalized_bags,
     pad,
 )
 from experiments.progress import Progress
@@ -307,9 +308,8 @@ class Quantifier(BaseEstimator):
         common = resamples, key, level, joint
         asked = resamples, self.seed, level, joint
         if asked not in self._margins:
-            self._margins[asked] = margin(
-                self.model_, self.variables_, self._known_bags(), *common
-            )
+            known = normalized_bags(*self._validation, *self._stored_normalization)
+            self._margins[asked] = margin(self.model_, self.variables_, known, *common)
         _, low, high = interval(
             self.model_, self.variables_, bag, *common, self._margins[asked]
         )
@@ -347,22 +347,12 @@ class Quantifier(BaseEstimator):
         middle = np.float32(127.5)
         return (middle, middle) if self._are_images else (np.float32(0), np.float32(1))
 
-    def _inputs(self, X: np.ndarray) -> np.ndarray:
+    def _inputs(self, X: np.ndarray) -> jax.Array:
         """The examples of a bag as the network takes them."""
         check_is_fitted(self, "variables_")
         X = validate_data(self, X, reset=False, allow_nd=True)
         self._check_shape(X)
-        return self._normalize(self._stored(X))
-
-    def _normalize(self, stored: np.ndarray) -> np.ndarray:
-        shift, scale = self._stored_normalization
-        return (stored.astype(np.float32) - shift) / scale
-
-    def _known_bags(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Bags of validation as the network takes them, and their prevalences."""
-        inputs, drawn, prevalences = self._validation
-        for elements, prevalence in zip(drawn, prevalences, strict=True):
-            yield self._normalize(inputs[elements]), prevalence
+        return data.normalize(self._stored(X), *self._stored_normalization)
 
     def _check_shape(self, bag: np.ndarray) -> None:
         if bag.shape[1:] != self._feature_shape:
