@@ -21,6 +21,7 @@ from experiments.tasks import (
     set_prediction_report,
     supervised,
 )
+from experiments.tasks.prevalence import check_set_network
 
 
 class SetDataset(Protocol):
@@ -99,6 +100,9 @@ class SetPrediction(objectives.ObjectiveTask):
             self, "num_sets", "validation_sets", "test_sets", "evaluation_batch"
         )
         objectives.check(set_objectives, self.objective)
+        batch = jax.eval_shape(self.sample, jax.random.key(0), 0, self.arrays)
+        if "elements" in batch:
+            check_set_network(self.model)
 
     def arguments(self, batch: Mapping) -> tuple[jax.Array, jax.Array]:
         """What the model is given: the sets and their mask."""

@@ -201,6 +201,17 @@ def test_a_step_on_shared_elements_is_one_on_the_sets(model):
     assert flops[1] - flops[0] > 64 * 2 * 2 * (64 * 8 + 8 * 4)
 
 
+def test_shared_elements_need_a_set_network():
+    class Sum(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, mask, *, train=False):
+            return jnp.where(mask, inputs.sum((2, 3, 4)), 0).sum(1, keepdims=True)
+
+    set_prediction(Sum(), data.ImageDigitSums("digits"))
+    with pytest.raises(ValueError, match="Sum is no set network"):
+        set_prediction(Sum(), data.ImageDigitSums("digits", shared_images=16))
+
+
 def test_the_last_batch_counts_only_the_sets_asked_for():
     task = set_prediction()
     state = loop.first_state(task, 0)
