@@ -94,7 +94,8 @@ def apply_sharded(
     """The output of `model` with the elements of every bag spread over devices.
 
     Each device encodes and aggregates its own elements; what travels between devices
-    is one representation per device and bag. Differentiable in variables and inputs.
+    is one representation per device and bag. Differentiable in variables, inputs and
+    weights.
 
     Args:
       model: a set network that has the method `merge`.
@@ -141,6 +142,12 @@ def _pieces(
     """Elements [chunk_size, ...], weights or None, and how many elements are real."""
     for chunk in chunks:
         inputs, weights = chunk if isinstance(chunk, tuple) else (chunk, None)
+        for x in (inputs, weights):
+            if x is not None and not hasattr(x, "shape"):
+                raise ValueError(
+                    "chunks must hold arrays, or tuples of an array and its weights, "
+                    f"but there is a {type(x).__name__}."
+                )
         if weights is not None and len(weights) != len(inputs):
             raise ValueError(
                 "the weights of a chunk must be one per element, but there are "
@@ -171,10 +178,11 @@ def _represent(
     weights: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The representation [bag, r] of a chunk and its number of elements [bag]."""
-    features = model.encode(inputs, present(mask, weights))
+    real = present(mask, weights)
+    features = model.encode(inputs, real)
     counted = jnp.ones(inputs.shape[:2]) if weights is None else weights
-    if mask is not None:
-        counted = jnp.where(mask, counted, 0)
+    if real is not None:
+        counted = jnp.where(real, counted, 0)
     total = jnp.sum(counted, axis=1, dtype=wide_dtype(counted))
     return model.aggregate(features, mask, weights), total
 

@@ -49,6 +49,8 @@ class EMQNet(nn.Module):
 
     def setup(self):
         size = self.num_classes
+        if self.num_members < 1:
+            raise ValueError(f"num_members must be 1 or more, not {self.num_members}.")
         # A list and not a vmap, which makes grouped convolutions: slow on CPUs.
         self.classifiers = [
             Classifier(self.encoder.clone(parent=None, name=None), size)

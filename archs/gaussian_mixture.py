@@ -117,7 +117,9 @@ def mixture_em_step(
     *,
     regularization: float = 1e-6,
 ) -> GaussianMixture:
-    """One step of expectation-maximisation, which never lowers the likelihood.
+    """One step of expectation-maximisation.
+
+    But for the regularization it never lowers the likelihood.
 
     With `r_ik = w_i p(k | x_i)` and `N_k = sum_i r_ik`:
 
@@ -195,6 +197,9 @@ def initial_mixture(
     if num_components < 1:
         raise ValueError(f"num_components must be 1 or more, not {num_components}.")
     x, counts = _elements(x, mask, weights)
+    if not x.shape[1]:  # an element to draw, of weight 0
+        x = jnp.zeros((len(x), 1, x.shape[2]), x.dtype)
+        counts = jnp.zeros((len(x), 1), x.dtype)
     nearest = jnp.full(x.shape[:2], jnp.inf, x.dtype)  # squared distance to the means
     means = []
     for k, draw in enumerate(jax.random.split(key, num_components)):
@@ -263,5 +268,6 @@ def _joint(mixture: GaussianMixture, x: jax.Array) -> jax.Array:
     """`log π_k + log N(x_i; μ_k, σ_k²)`, [set, element, k]."""
     scales = mixture.scales[:, None]
     z = (x[:, :, None] - mixture.means[:, None]) / scales  # [set, element, k, d]
+    z = jnp.clip(z, -1e18, 1e18)  # so that the square stays finite
     log_normal = -0.5 * z**2 - jnp.log(scales) - 0.5 * math.log(2 * math.pi)
     return mixture.log_weights[:, None] + log_normal.sum(-1)

@@ -257,7 +257,7 @@ class GMNet(nn.Module):
     ) -> jax.Array:
         """x [n, *features] -> [n, L * G]."""
         if self.encoder is None:
-            x = x.reshape(len(x), -1)
+            x = x.reshape(len(x), math.prod(x.shape[1:]))
         else:
             x = self.encoder(x, train=train)
         points, densities = self.spaces(x, train)  # [n, space, d], [n, space, gaussian]
@@ -268,8 +268,9 @@ class GMNet(nn.Module):
             self.sow("losses", "cka", self.cka_weight * alignment)
         if real is not None:
             real = (real | ~jnp.any(real))[:, None]  # nothing real: no statistics of it
-        densities = densities.reshape(len(x), -1)
-        return self.normalise(densities, use_running_average=not train, mask=real)
+        densities = densities.reshape(len(x), self.num_spaces * self.num_gaussians)
+        stored = not train or not len(x)  # of no element there are no statistics
+        return self.normalise(densities, use_running_average=stored, mask=real)
 
     def aggregate(
         self,

@@ -44,7 +44,7 @@ def sparsemax(logits: jax.Array) -> jax.Array:
     Returns:
       Of the shape and dtype of the logits.
     """
-    return _sparsemax(logits)
+    return _sparsemax(widen(logits)).astype(logits.dtype)
 
 
 @jax.custom_jvp

@@ -359,7 +359,9 @@ def merge_aggregates(
 
 
 def _merge_sqrt_sum(parts: jax.Array, totals: jax.Array) -> jax.Array:
-    sums = _sum(parts, None, jnp.sqrt(totals))
+    there = totals > 0  # the square root has no slope at 0
+    roots = jnp.where(there, jnp.sqrt(jnp.where(there, totals, 1)), 0)
+    sums = _sum(parts, None, roots)
     return (sums / jnp.sqrt(_at_least_one(parts, None, totals))).astype(parts.dtype)
 
 
@@ -511,7 +513,8 @@ class _Multiset:
         # First parts so large that all elements could have the largest weight, then
         # as small as their number allows.
         number = _count(x, real)[..., None, :]
-        room = bits - _num_bits(number) - _num_bits(exact.max(-2, keepdims=True))
+        largest = exact.max(-2, keepdims=True, initial=0)
+        room = bits - _num_bits(number) - _num_bits(largest)
         coarse = jnp.ceil(jnp.ldexp(exact, room)).astype(self.integer)
         total = jnp.sum(coarse, axis=-2, keepdims=True, dtype=self.integer)
         self.shift = bits + room - _num_bits(total)  # [..., 1, 1]

@@ -236,7 +236,9 @@ def expectation_maximization(
             step, p, _ = state
             joint = p * likelihood
             total = jnp.sum(joint, axis=-1, keepdims=True)
-            after = mean_pool(joint / jnp.maximum(total, tiny), mask)
+            # What no class in question could have been says nothing of them.
+            share = jnp.where(total >= tiny, joint / jnp.maximum(total, tiny), p)
+            after = mean_pool(share, mask)
             return step + 1, after, jnp.mean(jnp.abs(after - p))
 
         start = jnp.asarray(train_prevalence, likelihood.dtype)

@@ -98,6 +98,12 @@ class LeQua:
                 f"training_bags must be False for {self.task}: only T3 has its "
                 "labelled documents in bags."
             )
+        for name, least in (("validation_bags", 1), ("split_seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise DataError(
+                    f"{name} must be a whole number of {least} or more, not {value!r}."
+                )
         object.__setattr__(self, "_bags", _Reader(self).bags())
 
     @property
@@ -292,6 +298,8 @@ class _Reader:
                         f"{path}: a line must hold a class's name and its number, not "
                         f"{line!r}."
                     )
+                if int(number) in names:
+                    raise DataError(f"{path}: two classes have the number {number}.")
                 names[int(number)] = " ".join(name)
         if sorted(names) != list(range(len(names))):
             raise DataError(
@@ -312,7 +320,8 @@ class _Reader:
         if not folder.is_dir():
             return {}
         path, split = self.public / "test_prevalences.txt", {}
-        count = len(list(folder.glob("*.txt")))
+        # Archives made on a Mac hold files like ._0.txt, too.
+        count = sum(file.stem.isdecimal() for file in folder.glob("*.txt"))
         if path.exists():
             prevalence = read_prevalences(path)
             if prevalence.shape[1] != num_classes:
@@ -375,6 +384,8 @@ class _Reader:
                 f"{file}: labels must be whole numbers between 0 and "
                 f"{spec.num_classes - 1}."
             )
+        if len(labels) < 2:
+            raise DataError(f"{file} must hold two documents or more.")
         order = np.random.default_rng(self.options.split_seed).permutation(len(labels))
         held_out = max(round(DOCUMENT_VALIDATION * len(labels)), 1)
         splits = {

@@ -61,7 +61,7 @@ def write(
         The folder TASK/public.
 
     Raises:
-        ValueError: an unknown task, or a number below 1.
+        ValueError: an unknown task, or a number too low or NaN.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
@@ -78,8 +78,10 @@ def write(
         ("dimensions", dimensions, 1),
         ("documents", documents, 1),
         ("num_classes", num_classes, 2),
+        ("separation", separation, 0),
+        ("seed", seed, 0),
     ):
-        if value < least:
+        if not value >= least:
             raise ValueError(f"{name} must be {least} or more, not {value}")
 
     rng = np.random.default_rng(seed)

@@ -8,6 +8,7 @@ the intervals are made wider until they hold those.
 import csv
 import itertools
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -319,7 +320,13 @@ def read_bags(path: Path, feature_shape: tuple) -> Iterator[tuple[str, np.ndarra
             )
     except OSError as error:
         raise UserError(f"Could not read {path}: {error.strerror or error}.") from error
-    except (ValueError, csv.Error, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        ValueError,
+        csv.Error,
+        zipfile.BadZipFile,
+        zlib.error,
+        RuntimeError,  # of an archive with a password or another compression
+    ) as error:
         raise UserError(f"Could not read {path}: {error}.") from error
 
 
@@ -327,6 +334,11 @@ def _read_csv(path: Path, feature_shape: tuple) -> Iterator[tuple[str, np.ndarra
     bags: dict[str, list] = {}
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise ValueError("the header names a column twice")
+        if any(re.fullmatch(r"\s*[-+]?\d*\.\d+\s*", name) for name in names):
+            raise ValueError("the first line is no header: it holds numbers")
         for number, row in enumerate(reader, start=2):
             name = row.pop("bag", "0")
             if None in row or None in row.values():

@@ -13,6 +13,7 @@ import dataclasses
 import io
 import logging
 import math
+import numbers
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -66,6 +67,27 @@ HISTNETQ = {
         "output_activation": "sparsemax",
     },
 }
+
+NUMBERS = {
+    numbers.Integral: (
+        "num_steps",
+        "warmup_steps",
+        "num_bags",
+        "bag_size",
+        "mixed_bags",
+        "evaluation_bag_size",
+        "validation_bags",
+        "evaluations",
+        "seed",
+    ),
+    numbers.Real: (
+        "learning_rate",
+        "clip_norm",
+        "weight_decay",
+        "validation_fraction",
+    ),
+}
+"""Parameters of `Quantifier` by their types."""
 
 
 class Quantifier(BaseEstimator):
@@ -163,6 +185,7 @@ class Quantifier(BaseEstimator):
           ValueError: NaN, infinite or immense values, lengths that differ, a class with
             too few examples, or parameters out of range.
         """
+        self._check_numbers()
         X, y = validate_data(self, X, y, allow_nd=True)
         try:
             check_classification_targets(y)
@@ -216,11 +239,17 @@ class Quantifier(BaseEstimator):
           ValueError: NaN, infinite or immense values, an empty bag, lengths or features
             that differ, rows that are no prevalences, or parameters out of range.
         """
+        self._check_numbers()
         prevalences, bags = check_array(prevalences, dtype=np.float32), list(bags)
         if len(bags) != len(prevalences):
             raise ValueError(
                 "prevalences must have a row for each bag: there are "
                 f"{len(prevalences)} rows and {len(bags)} bags"
+            )
+        if len(bags) < 2 or prevalences.shape[1] < 2:
+            raise ValueError(
+                "bags and their classes must be two or more, but prevalences has the "
+                f"shape {prevalences.shape}"
             )
         checked = []
         for bag in bags:
@@ -314,6 +343,17 @@ class Quantifier(BaseEstimator):
             self.model_, self.variables_, bag, *common, self._margins[asked]
         )
         return low, high
+
+    def _check_numbers(self) -> None:
+        for kind, names in NUMBERS.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is None and name in ("num_bags", "clip_norm"):
+                    continue
+                if not isinstance(value, kind):
+                    raise ValueError(
+                        f"{name} must be of the type {kind.__name__}, not {value!r}"
+                    )
 
     def _set_normalization(self, examples: np.ndarray) -> None:
         self._feature_shape = examples.shape[1:]
@@ -420,6 +460,8 @@ class Quantifier(BaseEstimator):
             "measures": (),
             "baselines": False,
         }
+        if not isinstance(self.task, Mapping | None):
+            raise ValueError(f"task must be fields by their names, not {self.task!r}")
         further = {f.name for f in dataclasses.fields(make_task)} - set(fields)
         unknown = set(self.task or {}) - further
         if unknown:
@@ -452,7 +494,12 @@ class Quantifier(BaseEstimator):
                 yield Path(folder)
             return
         folder = Path(self.workdir).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"workdir: {folder} cannot be made a folder: {error.strerror}"
+            ) from error
         identity, file = joblib.hash((self.get_params(), given)), folder / "fit.txt"
         if (folder / "checkpoints").exists() and not (
             file.exists() and file.read_text() == identity

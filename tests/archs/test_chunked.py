@@ -72,6 +72,7 @@ def test_weighted_chunks_are_the_whole(name):
     model, variables, x = network(name)
     weights = np.random.default_rng(0).uniform(0, 3, ELEMENTS).astype(np.float32)
     weights[::4] = 0
+    weights[2::8] = np.nan  # no more an element than one of weight 0
     x = np.where(weights[:, None] > 0, x, np.float32(np.nan))
     whole = model.apply(variables, x[None], None, weights[None])
     sizes = [3, 0, 13, 7]
@@ -122,6 +123,8 @@ def test_one_program_serves_all_chunks_and_calls():
         (ATTENTIVE, [np.ones((3, 5), "f")], 8, "SetTransformer has none"),
         (MODELS["mean"], [], 8, "chunks must hold"),
         (MODELS["mean"], [np.ones((3, 5), "f")], 0, "chunk_size must be 1 or more"),
+        (MODELS["mean"], [[np.ones((3, 5), "f"), np.ones(3, "f")]], 8, "is a list"),
+        (MODELS["mean"], [(np.ones((3, 5), "f"), [1.0] * 3)], 8, "is a list"),
         (
             MODELS["mean"],
             [(np.ones((3, 5), "f"), np.ones(2, "f"))],
@@ -166,7 +169,11 @@ from archs import PrevalenceHead, apply_sharded
 
 assert len(jax.devices()) == 8
 mesh = jax.make_mesh((8,), ("element",))
-deepsets = DeepSets(MLP((8,), 7), MLP((8,), 3), ("mean", "sum", "max", "logsumexp"))
+deepsets = DeepSets(
+    MLP((8,), 7),
+    MLP((8,), 3),
+    ("mean", "sum", "sqrt_sum", "log_count", "max", "logsumexp"),
+)
 histnetq = HistNetQ(MLP((8,), 7), LinearHistogram(4), PrevalenceHead((8,), 3))
 power_mean = DeepSets(MLP((8,), 7), MLP((8,), 3), PowerMean(2.0))
 gmnet = GMNet(
@@ -177,21 +184,24 @@ gmnet = GMNet(
     hidden_sizes=(6,),
 )
 x = jax.random.normal(jax.random.key(0), (3, 21, 5))
-# The second bag is empty, and so are most devices for the third.
-mask = jnp.arange(21) < jnp.array([[21], [0], [3]])
+# The second bag is empty, and so are most devices for the third, by mask or weights.
+mask = jnp.arange(21) < jnp.array([[21], [0], [12]])
 weights = jax.random.uniform(jax.random.key(1), (3, 21), maxval=3)
+weights = weights.at[0, ::4].set(0).at[2, 3:].set(0)
 for model in (deepsets, histnetq, power_mean, gmnet):
     variables = jax.jit(model.init)(jax.random.key(2), x)
     whole = jax.jit(model.apply)
 
     @partial(jax.jit, static_argnums=1)
     @partial(jax.grad, has_aux=True)
-    def gradient(variables, apply):
+    def gradient(trained, apply):
+        variables, weights = trained
         out = apply(variables, x, mask, weights)
         return jnp.sum(jnp.sin(3 * out)), out
 
-    sharded, found = gradient(variables, partial(apply_sharded, model, mesh=mesh))
-    plain, expected = gradient(variables, model.apply)
+    trained = variables, weights
+    sharded, found = gradient(trained, partial(apply_sharded, model, mesh=mesh))
+    plain, expected = gradient(trained, model.apply)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     for one, other in zip(*map(jax.tree.leaves, (sharded, plain)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

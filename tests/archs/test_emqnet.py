@@ -164,3 +164,9 @@ def test_a_wrong_shape_is_named(network, argument, value):
     model, variables, inputs = network
     with pytest.raises(ValueError, match=argument):
         model.apply(variables, inputs, **{argument: value})
+
+
+def test_no_classifier_is_refused():
+    model = archs.EMQNet(archs.MLP((8,), 4), K, num_members=0)
+    with pytest.raises(ValueError, match="num_members must be 1 or more, not 0"):
+        model.init(jax.random.key(0), jnp.ones((1, 2, 3)))

@@ -191,6 +191,16 @@ def test_empty_components_and_sets_stay_as_they_are(sets):
     assert archs.mixture_log_likelihood(far, x, nothing)[0] == 0
     start = archs.initial_mixture(KEY, x, COMPONENTS, nothing)
     assert all(np.isfinite(leaf).all() for leaf in start)
+    masked = archs.initial_mixture(KEY, x, COMPONENTS, nothing & False)
+    none = archs.initial_mixture(KEY, x[:, :0], COMPONENTS)
+    jax.tree.map(np.testing.assert_array_equal, none, masked)
+
+
+def test_elements_far_away_have_a_finite_gradient():
+    mixture = mixture_of(1)
+    x = jnp.array([[[1e17, -1e20]]])
+    gradient = jax.grad(lambda m: archs.mixture_log_likelihood(m, x).sum())(mixture)
+    assert all(np.isfinite(leaf).all() for leaf in gradient)
 
 
 def test_identical_elements_are_no_trouble():

@@ -189,6 +189,21 @@ def test_a_thousand_elements_come_in_any_order(wide):
         )
 
 
+def test_bags_of_no_elements_at_all():
+    inputs, _ = bags()
+    model = network()
+    variables = initialized(model)
+    expected = model.apply(variables, inputs, jnp.zeros(inputs.shape[:2], bool))
+    found, collected = training(model)(variables, inputs[:, :0])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    # Nor statistics of none.
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        collected["batch_stats"],
+        variables["batch_stats"],
+    )
+
+
 def test_call_is_its_methods_and_parts_are_merged():
     inputs, mask = bags()
     model = network()

@@ -293,6 +293,15 @@ def test_sparsemax_is_linear_where_all_are_present_and_zero_where_not():
     np.testing.assert_allclose(jacobian, np.eye(3) - 1 / 3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_sparsemax_keeps_the_dtype(dtype):
+    logits = jnp.array([0.5, 0.25, -2], dtype)
+    found, gradient = jax.value_and_grad(lambda z: sparsemax(z)[0])(logits)
+    assert found.dtype == gradient.dtype == dtype
+    np.testing.assert_allclose(found.astype(float), 0.625)
+    np.testing.assert_allclose(gradient.astype(float), [2 / 3, -1 / 3, -1 / 3], 1e-2)
+
+
 @pytest.mark.parametrize("scale", [1e3, 1e7, 1e30])
 def test_sparsemax_of_large_logits_sums_to_one(scale):
     logits = jnp.array([[1.0, 1, -2], [1, 0, 0], [-1, -1, -1]]) * scale

@@ -85,6 +85,13 @@ def test_masked_aggregates_are_those_of_the_real_elements(
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("weights", [None, jnp.zeros((2, 0))])
+def test_a_set_of_no_elements_at_all(name, weights):
+    out = pooling.aggregate(jnp.zeros((2, 0, 3)), None, name, weights)
+    np.testing.assert_array_equal(out, jnp.zeros_like(out))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_finite_differences(name):
     with jax.enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (2, 6, 3), jnp.float64)

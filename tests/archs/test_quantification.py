@@ -375,6 +375,18 @@ def test_expectation_maximization_without_training_examples_of_a_class():
     np.testing.assert_allclose(found.sum(), 1, rtol=1e-6)
 
 
+def test_what_no_class_could_have_been_says_nothing_to_expectation_maximization():
+    prior = jnp.array([0.5, 0.5, 0.0])
+    bag = jnp.array([[0.5, 0.5, 0.0], [0.2, 0.8, 0.0], [0.0, 0.0, 1.0]])
+    # Slowly: it counts as the prevalences themselves.
+    found, expected = (
+        q.expectation_maximization(posteriors, prior, tolerance=1e-7)
+        for posteriors in (bag, bag[:2])
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_array_equal(q.expectation_maximization(bag[2:], prior), prior)
+
+
 def test_masks_of_wrong_shape_or_dtype_are_refused():
     posteriors = jnp.ones((2, 5, 3)) / 3
     for method in (

@@ -205,6 +205,8 @@ def test_no_source_dir_says_what_to_do():
     ("fields", "message"),
     [
         ({"task": "T2A"}, "T2A and T2B are documents as text"),
+        ({"validation_bags": "2"}, "validation_bags must be a whole number of 1 or"),
+        ({"split_seed": -1}, "split_seed must be a whole number of 0 or more, not -1"),
         ({"validation_bags": 12}, "between 1 and 11, as there are 12"),
         ({"training_bags": True}, "only T3 has its labelled documents in bags"),
     ],
@@ -231,6 +233,7 @@ def damage(old, new):
         ("training_data.txt", damage("\n", "\n7,1,1,1,1\n"), "between 0 and 2"),
         ("dev_samples/2.txt", damage("\n", "\n1,1,2,3 # 4\n"), "2.txt cannot be read"),
         ("label_map.txt", damage("class1 1", "class0 1"), "two classes have one name"),
+        ("label_map.txt", damage(" 2", " 1"), "two classes have the number 1"),
         ("label_map.txt", damage(" 0", " zero"), "must hold a class's name and its"),
         ("label_map.txt", damage(" 0", " 5"), "must be numbered from 0"),
         ("dev_prevalences.txt", damage("id,0", "id,1"), "header must be id,0"),
@@ -322,10 +325,19 @@ def test_covariates_move_between_the_bags_of_t4(tmp_path):
     assert 0.4 < unexplained("T4") < 2
 
 
-@pytest.mark.parametrize("name", ["dev_bags", "bag_size", "num_classes"])
-def test_impossible_sizes_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name} must be . or more, not 0"):
-        synthetic_lequa.write("T1", tmp_path, **SMALL | {name: 0})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dev_bags", 0),
+        ("bag_size", 0),
+        ("num_classes", 0),
+        ("seed", -1),
+        ("separation", np.nan),
+    ],
+)
+def test_impossible_sizes_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be . or more, not {value}"):
+        synthetic_lequa.write("T1", tmp_path, **SMALL | {name: value})
 
 
 # Bags in memory.

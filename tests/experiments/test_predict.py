@@ -342,6 +342,10 @@ def spoiled(tmp_path, how):
     elif how == "flipped":
         middle = len(content) // 2
         path.write_bytes(content[:middle] + b"?!" + content[middle + 2 :])
+    elif how == "password":
+        # A bit of the entry in the directory at the end.
+        entry = content.index(b"PK\x01\x02") + 8
+        path.write_bytes(content[:entry] + b"\x01" + content[entry + 1 :])
     elif how == "text":
         path.write_text("no archive")
     elif how == "npy":
@@ -357,7 +361,17 @@ def spoiled(tmp_path, how):
 
 @pytest.mark.parametrize(
     "how",
-    ["missing", "empty", "truncated", "flipped", "text", "npy", "folder", "no bag"],
+    [
+        "missing",
+        "empty",
+        "truncated",
+        "flipped",
+        "password",
+        "text",
+        "npy",
+        "folder",
+        "no bag",
+    ],
 )
 def test_a_file_that_is_no_archive_is_a_sentence(mistaken, tmp_path, how):
     message = mistaken(spoiled(tmp_path, how))
@@ -374,6 +388,8 @@ def test_a_file_that_is_no_archive_is_a_sentence(mistaken, tmp_path, how):
         ("a,b\n1,2,3\n", "line 2 has another number of columns"),
         ("a,b\n1,x\n", "could not convert string to float: 'x'"),
         ("a,b\n1,\n", "could not convert"),
+        ("a,b,a\n1,2,3\n", "the header names a column twice"),
+        ("0.5,1\n1,2\n", "the first line is no header: it holds numbers"),
     ],
 )
 def test_a_wrong_csv_is_a_sentence(mistaken, tmp_path, text, part):

@@ -292,6 +292,8 @@ def test_wrong_examples_are_a_sentence(X, y, part):
     [
         ([np.zeros((3, 2))], [[0.5, 0.5], [1, 0]], "there are 2 rows and 1 bags"),
         ([np.zeros((3, 2))] * 9, [[0.5, 0.6]] * 9, "sum to one"),
+        ([np.zeros((3, 2))], [[0.5, 0.5]], r"two or more, .* shape \(1, 2\)"),
+        ([np.zeros((3, 2))] * 9, [[1.0]] * 9, r"two or more, .* shape \(9, 1\)"),
         ([np.zeros((3, 2)), np.zeros((3, 4))], [[1, 0]] * 2, "X has 4 features"),
         (
             [np.zeros((3, 2)), np.zeros((3, 2, 1))],
@@ -315,6 +317,11 @@ def test_wrong_bags_to_learn_from_are_a_sentence(bags, prevalences, part):
         ({"bag_size": 0}, "bag_size must be 1 or more, not 0"),
         ({"protocol": "some"}, "protocol must be one of"),
         ({"loss": "some"}, "no measure 'some'"),
+        ({"num_steps": 2.0}, "num_steps must be of the type Integral, not 2.0"),
+        ({"seed": None}, "seed must be of the type Integral, not None"),
+        ({"learning_rate": "x"}, "learning_rate must be of the type Real, not 'x'"),
+        ({"task": "noise"}, "task must be fields by their names, not 'noise'"),
+        ({"workdir": __file__}, "workdir: .* cannot be made a folder: File exists"),
         ({"evaluations": 0}, "evaluations must be 1 or more, not 0"),
         ({"task": {"noises": 1}}, "task: .* of Quantification are .*, not noises"),
         ({"task": {"num_bags": 1}}, "task: .* of Quantification are .*, not num_bags"),
