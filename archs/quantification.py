@@ -140,7 +140,7 @@ def confusion_matrix(
 
     Args:
       posteriors: [n, K].
-      labels: int [n].
+      labels: int [n], between 0 and K - 1; others count for no class.
       probabilistic: False for ACC, True for PACC.
 
     Returns:

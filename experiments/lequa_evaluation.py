@@ -45,7 +45,8 @@ def evaluate(
       {"MRAE", "MAE"} or, of T3, {"macro-NMD", "MNMD"}: (mean, standard deviation).
 
     Raises:
-      data.DataError: the arrays do not fit each other or the task.
+      data.DataError: an unknown task, arrays that do not fit each other, or, of T3,
+        another number of classes than five.
     """
     if task not in TASKS:
         raise data.DataError(f"TASK must be one of {', '.join(TASKS)}, not {task!r}.")
