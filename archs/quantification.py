@@ -203,7 +203,8 @@ def expectation_maximization(
 
     until the mean absolute change is below `tolerance` (tested from the 12th step on)
     or `max_steps` are done. Each step increases
-    `sum_i log sum_k (p_k / π_k) P(k | x_i)`.
+    `sum_i log sum_k (p_k / π_k) P(k | x_i)`. An element whose posterior is zero at all
+    classes with training examples has `w_i = p`: it says nothing.
 
     Saerens, Latinne and Decaestecker, "Adjusting the outputs of a classifier to new a
     priori probabilities", Neural Computation 2002.
@@ -236,7 +237,6 @@ def expectation_maximization(
             step, p, _ = state
             joint = p * likelihood
             total = jnp.sum(joint, axis=-1, keepdims=True)
-            # What no class in question could have been says nothing of them.
             share = jnp.where(total >= tiny, joint / jnp.maximum(total, tiny), p)
             after = mean_pool(share, mask)
             return step + 1, after, jnp.mean(jnp.abs(after - p))
