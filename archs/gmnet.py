@@ -256,9 +256,7 @@ class GMNet(nn.Module):
         self, x: jax.Array, *, real: jax.Array | None, train: bool
     ) -> jax.Array:
         """x [n, *features] -> [n, L * G]."""
-        if self.encoder is None:
-            x = x.reshape(len(x), math.prod(x.shape[1:]))
-        else:
+        if self.encoder is not None:
             x = self.encoder(x, train=train)
         points, densities = self.spaces(x, train)  # [n, space, d], [n, space, gaussian]
         if self.cka_weight and self.num_spaces > 1 and not self.is_initializing():

@@ -359,9 +359,9 @@ def merge_aggregates(
 
 
 def _merge_sqrt_sum(parts: jax.Array, totals: jax.Array) -> jax.Array:
-    there = totals > 0  # the square root has no slope at 0
-    roots = jnp.where(there, jnp.sqrt(jnp.where(there, totals, 1)), 0)
-    sums = _sum(parts, None, roots)
+    there = totals > 0
+    roots = jnp.sqrt(jnp.where(there, totals, 1))  # it has no slope at 0
+    sums = _sum(parts, there, roots)
     return (sums / jnp.sqrt(_at_least_one(parts, None, totals))).astype(parts.dtype)
 
 

@@ -16,6 +16,7 @@ import math
 import numbers
 import os
 import tempfile
+import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -68,26 +69,8 @@ HISTNETQ = {
     },
 }
 
-NUMBERS = {
-    numbers.Integral: (
-        "num_steps",
-        "warmup_steps",
-        "num_bags",
-        "bag_size",
-        "mixed_bags",
-        "evaluation_bag_size",
-        "validation_bags",
-        "evaluations",
-        "seed",
-    ),
-    numbers.Real: (
-        "learning_rate",
-        "clip_norm",
-        "weight_decay",
-        "validation_fraction",
-    ),
-}
-"""Parameters of `Quantifier` by their types."""
+NUMBERS = {int: numbers.Integral, float: numbers.Real}
+"""What a parameter of `Quantifier` that is declared as a number may be."""
 
 
 class Quantifier(BaseEstimator):
@@ -345,12 +328,11 @@ class Quantifier(BaseEstimator):
         return low, high
 
     def _check_numbers(self) -> None:
-        for kind, names in NUMBERS.items():
-            for name in names:
-                value = getattr(self, name)
-                if value is None and name in ("num_bags", "clip_norm"):
-                    continue
-                if not isinstance(value, kind):
+        for name, hint in typing.get_type_hints(Quantifier.__init__).items():
+            value = getattr(self, name)
+            for declared in typing.get_args(hint) or [hint]:
+                kind = NUMBERS.get(declared)
+                if kind and not isinstance(value, kind | hint):
                     raise ValueError(
                         f"{name} must be of the type {kind.__name__}, not {value!r}"
                     )

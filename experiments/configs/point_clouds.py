@@ -89,9 +89,9 @@ def get_config(variant: str = "set_transformer_solids_quick") -> ConfigDict:
     config.training = dict(
         num_steps=20_000, steps_per_call=20, log_every=200, eval_every=1000
     )
-    if dataset == "solids":
-        num_steps = 1000 if model == "set_transformer" else 3000
-        config.training.update(num_steps=num_steps, log_every=100, eval_every=500)
     if quick:
         config.training.update(num_steps=1500, log_every=100, eval_every=300)
+    elif dataset == "solids":
+        num_steps = 1000 if model == "set_transformer" else 3000
+        config.training.update(num_steps=num_steps, log_every=100, eval_every=500)
     return config

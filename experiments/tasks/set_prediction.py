@@ -100,9 +100,12 @@ class SetPrediction(objectives.ObjectiveTask):
             self, "num_sets", "validation_sets", "test_sets", "evaluation_batch"
         )
         objectives.check(set_objectives, self.objective)
-        batch = jax.eval_shape(self.sample, jax.random.key(0), 0, self.arrays)
+
+    def init(self, key: jax.Array, batch: Mapping) -> supervised.TrainState:
+        """The first state; see `loop.Task`."""
         if "elements" in batch:
             check_set_network(self.model)
+        return super().init(key, batch)
 
     def arguments(self, batch: Mapping) -> tuple[jax.Array, jax.Array]:
         """What the model is given: the sets and their mask."""
